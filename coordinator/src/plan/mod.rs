@@ -1,0 +1,3 @@
+//! PURE: snapshot → plan. See README.md beside this file.
+
+pub mod snapshot;

@@ -1,0 +1,125 @@
+//! PURE. The store's content at one revision, decoded: what planning, the gateway and the API look at.
+
+use drover_proto::{
+    store::v1 as record,
+    v1::{InstanceState, Token},
+};
+use std::{collections::BTreeMap, sync::Arc};
+
+/// A record with its revisions.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stored<T> {
+    /// The record.
+    pub value: T,
+    /// Revision at which its key was created.
+    pub create_revision: i64,
+    /// Revision at which it was last written.
+    pub mod_revision: i64,
+}
+
+/// Records of one kind by their name or id. Values are shared, so that a new snapshot copies pointers only.
+pub type Map<T> = BTreeMap<String, Arc<Stored<T>>>;
+
+/// Everything that decisions are made from.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// Revision of the store up to which this is complete.
+    pub revision: i64,
+    /// What the store is.
+    pub schema: Option<Arc<Stored<record::Schema>>>,
+    /// Whether claiming is stopped.
+    pub halt: Option<Arc<Stored<record::Halt>>>,
+    /// The elected coordinator.
+    pub leader: Option<Arc<Stored<record::Leader>>>,
+    /// By name.
+    pub deployments: Map<record::Deployment>,
+    /// By "<deployment>/<zero-padded number>", as in the key.
+    pub revisions: Map<record::Revision>,
+    /// By id.
+    pub instances: Map<record::Instance>,
+    /// By instance.
+    pub taken: Map<record::Taken>,
+    /// By node.
+    pub sessions: Map<record::Session>,
+    /// By instance.
+    pub claims: Map<record::Claim>,
+    /// By "<instance>/<token>".
+    pub runs: Map<record::Run>,
+    /// By instance.
+    pub statuses: Map<record::Status>,
+    /// By name.
+    pub nodes: Map<record::Node>,
+}
+
+impl Snapshot {
+    /// Generation of the store; 0 while it is not known.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.schema.as_ref().map_or(0, |s| s.value.generation)
+    }
+
+    /// Generation of the last halt; 0 when there never was one.
+    #[must_use]
+    pub fn halt_generation(&self) -> u64 {
+        self.halt.as_ref().map_or(0, |h| h.value.generation)
+    }
+
+    /// Whether new claims are stopped.
+    #[must_use]
+    pub fn halted(&self) -> bool {
+        self.halt.as_ref().is_some_and(|h| h.value.level != "none" && !h.value.level.is_empty())
+    }
+
+    /// Token of the standing claim on an instance.
+    #[must_use]
+    pub fn token(&self, instance: &str) -> Option<Token> {
+        let claim = self.claims.get(instance)?;
+        Some(Token { generation: self.generation(), revision: claim.mod_revision })
+    }
+
+    /// State of an instance: what its owner reported under the standing claim; a report under an older token says nothing.
+    #[must_use]
+    pub fn state(&self, instance: &str) -> InstanceState {
+        let Some(token) = self.token(instance) else { return InstanceState::Pending };
+        match self.statuses.get(instance) {
+            Some(status) if status.value.token == Some(token) => status.value.state(),
+            _ => InstanceState::Claimed,
+        }
+    }
+
+    /// The spec that an instance runs.
+    #[must_use]
+    pub fn spec_of(&self, instance: &record::Instance) -> Option<&drover_proto::v1::DeploymentSpec> {
+        let key = format!("{}/{:020}", instance.deployment, instance.revision);
+        self.revisions.get(&key)?.value.spec.as_ref()
+    }
+
+    /// Instances of a deployment, by id.
+    pub fn instances_of<'a>(
+        &'a self,
+        deployment: &'a str,
+    ) -> impl Iterator<Item = (&'a String, &'a Arc<Stored<record::Instance>>)> + 'a {
+        // An id is the name, '-' and six characters, so all of them lie in one stretch of the map.
+        let first = format!("{deployment}-");
+        self.instances
+            .range(first.clone()..)
+            .take_while(move |(id, _)| id.starts_with(&first))
+            .filter(move |(_, i)| i.value.deployment == deployment)
+    }
+
+    /// Claims of a node, by instance.
+    pub fn claims_of<'a>(&'a self, node: &'a str) -> impl Iterator<Item = (&'a String, &'a Arc<Stored<record::Claim>>)> + 'a {
+        self.claims.iter().filter(move |(_, c)| c.value.node == node)
+    }
+
+    /// Memory that a node's claims and unclaimed runs take, in bytes.
+    #[must_use]
+    pub fn reserved_bytes(&self, node: &str) -> i64 {
+        let claimed: i64 = self.claims_of(node).map(|(_, c)| c.value.memory_bytes).sum();
+        let unclaimed: i64 = self.nodes.get(node).map_or(0, |n| {
+            let free = n.value.unclaimed.iter().filter(|u| self.claims.get(&u.instance).is_none_or(|c| c.value.node != node));
+            free.map(|u| u.memory_bytes).sum()
+        });
+        claimed + unclaimed
+    }
+}

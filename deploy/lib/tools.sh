@@ -16,6 +16,7 @@
 # What it sets, for `drover dev` and the tests: DROVER_LLAMA_SERVER, DROVER_ETCD, DROVER_ETCDCTL, DROVER_TEST_PYTHON.
 
 drover_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
+target_dir="${CARGO_TARGET_DIR:-$drover_root/target}"
 tools_root="${DROVER_TOOLS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/drover/tools}"
 
 say() { printf '%s\n' "$*" >&2; }
@@ -85,7 +86,6 @@ need_build() {
   local missing=()
   if ! command -v cc >/dev/null; then missing+=(gcc libc6-dev); fi
   if [[ -z "${PROTOC:-}" ]] && ! command -v protoc >/dev/null; then missing+=(protobuf-compiler); fi
-  if ! command -v git >/dev/null; then missing+=(git); fi
   if ((${#missing[@]})); then install_packages "the build" "${missing[@]}"; fi
   need_cargo
 }
@@ -292,4 +292,33 @@ assemble_llama_server() {
     return 1
   fi
   say "  $("$folder/bin/llama-server" --version 2>&1 | grep -m 1 -i version || true)"
+}
+
+# --- What only tests need ---------------------------------------------------------------------------------------
+
+# need_git : the check of the contract reads earlier states of it.
+need_git() {
+  if ! command -v git >/dev/null; then install_packages "the check of the contract" git; fi
+}
+
+# need_test_python : a virtual environment of the pinned packages; sets DROVER_TEST_PYTHON.
+need_test_python() {
+  local pins="$drover_root/tests/python/requirements.txt" folder="$target_dir/tools/py" stamp
+  if ! command -v python3 >/dev/null || ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    install_packages "the tests that use Python clients" python3 python3-venv
+  fi
+  # Made anew when the pins or the interpreter change.
+  stamp="$(python3 --version) $(cksum <"$pins")"
+  if [[ "$(cat -- "$folder/.stamp" 2>/dev/null)" != "$stamp" ]]; then
+    rm -rf -- "$folder"
+    step "making a Python environment in $folder" make_test_python "$folder" "$pins" ||
+      die "could not install the Python packages of $pins" "they are needed by the end-to-end tests only; check pip's configuration"
+    printf '%s\n' "$stamp" >"$folder/.stamp"
+  fi
+  DROVER_TEST_PYTHON="$folder/bin/python"
+  export DROVER_TEST_PYTHON
+}
+
+make_test_python() {
+  python3 -m venv "$1" && "$1/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$2"
 }

@@ -83,11 +83,11 @@ install_packages() {
 
 # need_build : a C compiler (TLS crates), the protobuf compiler (etcd-client's build script), cargo.
 need_build() {
+  need_cargo
   local missing=()
   if ! command -v cc >/dev/null; then missing+=(gcc libc6-dev); fi
   if [[ -z "${PROTOC:-}" ]] && ! command -v protoc >/dev/null; then missing+=(protobuf-compiler); fi
   if ((${#missing[@]})); then install_packages "the build" "${missing[@]}"; fi
-  need_cargo
 }
 
 need_cargo() {
@@ -176,11 +176,11 @@ need_etcd() {
   if [[ -n "${DROVER_ETCD:-}" ]]; then
     [[ -x "$DROVER_ETCD" ]] || die "DROVER_ETCD names $DROVER_ETCD, which is not an executable file" "correct or unset it"
   elif ! DROVER_ETCD="$(PATH="$PATH:/usr/sbin:/usr/local/bin" command -v etcd)"; then
-    if ! { "$cached/etcd" --version && "$cached/etcdctl" version; } >/dev/null 2>&1; then with_lock unpack_etcd; fi
+    if ! { "$cached/etcd" --version && "$cached/etcdctl" version; } >/dev/null 2>&1; then with_lock unpack_etcd || exit 1; fi
     DROVER_ETCD="$cached/etcd"
   fi
   if [[ -z "${DROVER_ETCDCTL:-}" ]] && ! DROVER_ETCDCTL="$(command -v etcdctl)"; then
-    if [[ ! -x "$cached/etcdctl" ]]; then with_lock unpack_etcd; fi
+    if [[ ! -x "$cached/etcdctl" ]]; then with_lock unpack_etcd || exit 1; fi
     DROVER_ETCDCTL="$cached/etcdctl"
   fi
   export DROVER_ETCD DROVER_ETCDCTL
@@ -212,7 +212,7 @@ need_llama_server() {
   elif DROVER_LLAMA_SERVER="$(command -v llama-server)" && runs "$DROVER_LLAMA_SERVER"; then
     :
   else
-    if [[ ! -e "$tools_root/llama/.complete" ]] || ! runs "$cached"; then with_lock unpack_llama_server; fi
+    if [[ ! -e "$tools_root/llama/.complete" ]] || ! runs "$cached"; then with_lock unpack_llama_server || exit 1; fi
     DROVER_LLAMA_SERVER="$cached"
   fi
   export DROVER_LLAMA_SERVER

@@ -233,7 +233,7 @@ unpack_llama_server() {
 
   local suites=() components keyring option=""
   case " $(os_release ID) $(os_release ID_LIKE) " in
-    *" ubuntu "*) suites=("$(os_release VERSION_CODENAME)" resolute devel) components="main universe" keyring=ubuntu ;;
+    *" ubuntu "*) suites=(devel resolute "$(os_release VERSION_CODENAME)") components="main universe" keyring=ubuntu ;;
     *) suites=(forky sid) components="main" keyring=debian ;;
   esac
   if [[ -n "${DROVER_LLAMA_SUITES:-}" ]]; then read -ra suites <<<"$DROVER_LLAMA_SUITES"; fi

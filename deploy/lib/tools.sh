@@ -81,13 +81,26 @@ install_packages() {
   fi
 }
 
-# need_build : a C compiler (TLS crates), the protobuf compiler (etcd-client's build script), cargo.
+# need_build : cargo, a C compiler (TLS crates), the protobuf compiler with its well-known types (etcd-client's build script).
 need_build() {
   need_cargo
   local missing=()
   if ! command -v cc >/dev/null; then missing+=(gcc libc6-dev); fi
-  if [[ -z "${PROTOC:-}" ]] && ! command -v protoc >/dev/null; then missing+=(protobuf-compiler); fi
+  # Debian packs the well-known types apart from the compiler, and etcd-client imports them.
+  if ! compiles_protos; then missing+=(protobuf-compiler libprotobuf-dev); fi
   if ((${#missing[@]})); then install_packages "the build" "${missing[@]}"; fi
+}
+
+# Whether there is a protobuf compiler and it finds google/protobuf/*.proto, as etcd-client's build script will call it.
+compiles_protos() {
+  local folder status=0
+  command -v "${PROTOC:-protoc}" >/dev/null || return 1
+  folder="$(mktemp -d)"
+  printf 'syntax = "proto3"; import "google/protobuf/descriptor.proto";\n' >"$folder/probe.proto"
+  "${PROTOC:-protoc}" --proto_path="$folder" ${PROTOC_INCLUDE:+--proto_path="$PROTOC_INCLUDE"} --descriptor_set_out=/dev/null \
+    "$folder/probe.proto" >/dev/null 2>&1 || status=1
+  rm -rf -- "$folder"
+  return "$status"
 }
 
 need_cargo() {

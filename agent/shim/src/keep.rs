@@ -1,0 +1,151 @@
+//! After the start: drain the log, wait for the end, make it durable.
+
+use crate::{
+    clock, durable, identity,
+    record::{Directory, Exit, FORMAT, Record},
+    start::Started,
+    sys,
+};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{Signal, killpg},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
+    },
+    unistd::Pid,
+};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    os::fd::AsFd as _,
+};
+
+/// How often orphans of the server that have ended are collected, in milliseconds.
+const SWEEP_MS: u16 = 30_000;
+/// How often a refused record of the end is tried again, and with what pause in milliseconds.
+const EXIT_ATTEMPTS: u32 = 120;
+const EXIT_PAUSE_MS: u16 = 500;
+
+/// Keeps a started process until it has ended and its end is on disk.
+pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
+    let Started { record, exec_error, output, mut logs, lock } = started;
+    let pid = Pid::from_raw(record.process.pid);
+    let process = sys::pidfd_open(record.process.pid)?;
+    fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let mut output = File::from(output);
+    let mut output_open = true;
+    if let Some(error) = &exec_error {
+        let program = record.process.executable.display();
+        logs.write(format!("drover-shim: {program} could not be executed: {error}\n").as_bytes());
+    }
+    loop {
+        let ended = {
+            let mut watched = vec![PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+            if output_open {
+                watched.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
+            }
+            match poll(&mut watched, PollTimeout::from(SWEEP_MS)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            watched[0].any().unwrap_or(false)
+        };
+        if output_open {
+            output_open = drain(&mut output, &mut |bytes| logs.write(bytes));
+        }
+        if ended {
+            break;
+        }
+        collect_orphans(pid);
+    }
+    // The leader is a zombie until it is waited for, so its pid, which is also the group's id, can't be anybody else's.
+    let _ = killpg(pid, Signal::SIGKILL);
+    if output_open {
+        drain(&mut output, &mut |bytes| logs.write(bytes));
+    }
+    let (code, signal) = match waitpid(pid, None) {
+        Ok(WaitStatus::Exited(_, code)) => (Some(code), None),
+        Ok(WaitStatus::Signaled(_, signal, _)) => (None, Some(signal as i32)),
+        _ => (None, None),
+    };
+    // The agent may have raised the token since.
+    let token = durable::read::<Record>(&directory.record()).map_or(record.token, |r| r.token.max(record.token));
+    let exit = Exit {
+        format: FORMAT,
+        process: record.process,
+        token,
+        code,
+        signal,
+        exec_error,
+        ended_at_ms: clock::unix_ms(),
+        log_lines_dropped: logs.dropped_lines(),
+    };
+    let written = write_exit(directory, &exit);
+    collect_orphans(pid);
+    drop(lock);
+    written
+}
+
+/// Reads all that is there. Returns false when nobody is left who could write.
+fn drain(output: &mut File, write: &mut dyn FnMut(&[u8])) -> bool {
+    let mut buffer = [0_u8; 16 << 10];
+    loop {
+        match output.read(&mut buffer) {
+            Ok(0) => return false,
+            Ok(n) => write(&buffer[..n]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+        }
+    }
+}
+
+/// Processes that the server left behind become children of the shim; their ends are collected here.
+fn collect_orphans(leader: Pid) {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(status) = waitid(Id::All, look) {
+        match status.pid() {
+            Some(pid) if pid != leader => {
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+            }
+            _ => return,
+        }
+    }
+}
+
+/// A disk that is full now may have room in a moment.
+fn write_exit(directory: &Directory, exit: &Exit) -> io::Result<()> {
+    let mut last = None;
+    for _ in 0..EXIT_ATTEMPTS {
+        match durable::write(&directory.exit(), exit) {
+            Ok(()) => return Ok(()),
+            // The directory was removed: the instance was given up, and nobody wants to know.
+            Err(_) if !directory.path().exists() => return Ok(()),
+            Err(error) => last = Some(error),
+        }
+        let _ = poll(&mut [], PollTimeout::from(EXIT_PAUSE_MS));
+    }
+    Err(io::Error::other(last.map_or_else(String::new, |e| e.to_string())))
+}
+
+/// Makes this process one that outlives its parent: a session of its own, nothing inherited, reaper of its descendants.
+pub fn detach() -> io::Result<()> {
+    sys::close_from(3);
+    sys::ignore_signals();
+    // Fails only where we lead a group already, and then we are in a session of our own or were started by hand.
+    let _ = nix::unistd::setsid();
+    nix::sys::prctl::set_child_subreaper(true)?;
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    let _ = identity::boot_id()?;
+    Ok(())
+}
+
+/// Lets go of the standard descriptors, so that who started this process sees the end of its output.
+pub fn let_go_of_output() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    Ok(())
+}

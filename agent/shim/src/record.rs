@@ -1,0 +1,162 @@
+//! The files of an instance's directory, and who writes which.
+//!
+//! | file | type | writer |
+//! |---|---|---|
+//! | `spec` | [`Spec`] | the agent, before it starts a shim |
+//! | `record` | [`Record`] | the shim until the start is over; afterwards the agent, to raise the token |
+//! | `exit` | [`Exit`] | the shim, when the process has ended |
+//! | `lock` | – | held by the shim for as long as it lives |
+//! | `log/` | [`crate::logs`] | the shim |
+
+use crate::{durable, identity::Process};
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+/// Format of the files. A shim refuses a spec of another format; the agent that wrote it was of another version.
+pub const FORMAT: u32 = 1;
+
+/// Paths of an instance's files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// Takes the directory of an instance.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+    /// What is to run.
+    #[must_use]
+    pub fn spec(&self) -> PathBuf {
+        self.0.join("spec")
+    }
+    /// What was started.
+    #[must_use]
+    pub fn record(&self) -> PathBuf {
+        self.0.join("record")
+    }
+    /// How it ended.
+    #[must_use]
+    pub fn exit(&self) -> PathBuf {
+        self.0.join("exit")
+    }
+    /// Held by the shim.
+    #[must_use]
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
+    /// Log files of the server.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+}
+
+/// Fencing token, as in the contract; repeated here so that the shim stays small.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Token {
+    /// Generation of the store; compared first.
+    pub generation: u64,
+    /// Revision of the claim.
+    pub revision: i64,
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.generation, self.revision)
+    }
+}
+
+/// What a shim is to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// [`FORMAT`] of the writer.
+    pub format: u32,
+    /// Id of the instance.
+    pub instance: String,
+    /// Token under which it is started; lower ones are refused from then on.
+    pub token: Token,
+    /// Absolute path of the program.
+    pub program: PathBuf,
+    /// Its arguments, without the program's name.
+    pub arguments: Vec<String>,
+    /// The whole environment; nothing is inherited.
+    pub environment: Vec<(String, String)>,
+    /// Unix socket that the server listens on; recorded, and removed before the start when a dead one left it.
+    pub socket: PathBuf,
+    /// Size at which a log file is rotated, in bytes.
+    pub log_bytes_max: u64,
+    /// Number of log files kept, the current one included.
+    pub log_files_max: u32,
+    /// The process is not released later than this, in nanoseconds on CLOCK_BOOTTIME of the boot named next.
+    pub start_deadline_ns: u64,
+    /// Boot that the deadline belongs to.
+    pub boot_id: String,
+    /// While a file exists here nothing is released.
+    pub halt_file: PathBuf,
+}
+
+/// How far a start has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// The process exists and waits for its release; it has not executed the program.
+    Held,
+    /// It executes the program.
+    Released,
+}
+
+/// What a shim has started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`FORMAT`] of the writer.
+    pub format: u32,
+    /// Id of the instance.
+    pub instance: String,
+    /// Token of the run; raised when the run is re-claimed.
+    pub token: Token,
+    /// How far the start has come.
+    pub stage: Stage,
+    /// The process.
+    pub process: Process,
+    /// Executable of the shim, which is what a held process shows.
+    pub shim: PathBuf,
+    /// Arguments, without the program's name.
+    pub arguments: Vec<String>,
+    /// Unix socket of the server.
+    pub socket: PathBuf,
+    /// When the record was first written, in milliseconds since the Unix epoch.
+    pub started_at_ms: i64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// [`FORMAT`] of the writer.
+    pub format: u32,
+    /// The process that ended; tells which run this is about.
+    pub process: Process,
+    /// Token of the run when it ended.
+    pub token: Token,
+    /// Exit code, when it exited.
+    pub code: Option<i32>,
+    /// Signal, when one ended it.
+    pub signal: Option<i32>,
+    /// Why the program could not be executed at all.
+    pub exec_error: Option<String>,
+    /// When, in milliseconds since the Unix epoch.
+    pub ended_at_ms: i64,
+    /// Lines of its log that could not be written.
+    pub log_lines_dropped: u64,
+}
+
+/// Reads one of the files.
+pub use durable::{Error, read, write};

@@ -1,0 +1,382 @@
+//! The command line of `drover`: commands, options, their help and their defaults.
+
+use crate::output::Format;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use drover_proto::limits;
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    Drover answered with a failure, or a step of the command failed
+  2    the command line or an input file is wrong; nothing was sent
+  3    no coordinator (or, for chat, no gateway) could be reached
+  4    --wait: what was waited for did not come in time
+  130  ended by Ctrl-C";
+
+const EXAMPLES: &str = "\
+Examples:
+  drover dev                                   a whole fleet on this machine, to try things
+  drover apply -f tiny.toml --wait             run a model and wait until it answers
+  drover get instances                         what runs where
+  drover chat tiny \"Hello\"                     one prompt through the gateway";
+
+/// Runs llama.cpp models across hosts.
+///
+/// Talks to Drover's coordinators: says which models must serve, and shows where and how they do.
+#[derive(Debug, Parser)]
+#[command(name = "drover", version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), disable_help_subcommand = true)]
+#[command(arg_required_else_help = true, max_term_width = 110)]
+pub struct Arguments {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Connection and output")]
+pub struct Global {
+    /// Coordinators to ask, tried in turn
+    #[arg(long, global = true, env = "DROVER_COORDINATORS", value_delimiter = ',', value_name = "HOST:PORT,...")]
+    #[arg(default_value = "127.0.0.1:7400")]
+    pub coordinators: Vec<String>,
+    /// Gateway that chat sends its prompt to
+    #[arg(long, global = true, env = "DROVER_GATEWAY", value_name = "HOST:PORT", default_value = "127.0.0.1:7401")]
+    pub gateway: String,
+    /// File that holds the fleet's join secret
+    #[arg(long, global = true, env = "DROVER_JOIN_SECRET_FILE", value_name = "FILE")]
+    pub join_secret_file: Option<PathBuf>,
+    /// Send the join secret unencrypted beyond this machine (only in a trusted network)
+    #[arg(long, global = true, env = "DROVER_ALLOW_PLAINTEXT", value_parser = clap::builder::BoolishValueParser::new())]
+    #[arg(action = clap::ArgAction::SetTrue)]
+    pub allow_plaintext: bool,
+    /// Form of the output: tables for people, or JSON (JSON lines for streams)
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: Format,
+    /// Say more, such as the id of the trace that a change begins
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a deployment, or change the one of that name
+    #[command(after_help = "\
+Example:
+  drover apply -f tiny.toml --wait
+
+where tiny.toml says:
+  name = \"tiny\"
+  model_path = \"tiny.gguf\"    # below a model root of the nodes
+  replicas = 2")]
+    Apply(Apply),
+    /// Show deployments, instances or nodes
+    #[command(after_help = "\
+Examples:
+  drover get deployments
+  drover get instances --deployment tiny
+  drover get node a --output json")]
+    Get(Get),
+    /// Set the number of instances of a deployment
+    #[command(after_help = "Example:\n  drover scale tiny 5 --wait")]
+    Scale(Scale),
+    /// Drain and stop all instances of a deployment, then remove it
+    #[command(after_help = "Example:\n  drover delete tiny --wait")]
+    Delete(Delete),
+    /// Show the log of an instance's llama-server
+    #[command(after_help = "\
+Example:
+  drover logs tiny-x2k9vd --tail 20 --follow
+
+`drover get instances` shows the ids.")]
+    Logs(Logs),
+    /// Show what happened
+    #[command(after_help = "\
+Examples:
+  drover events
+  drover events --follow --object deployment/tiny
+  drover events --object node/              all about nodes")]
+    Events(Events),
+    /// Send one prompt to a model through the gateway and print the answer as it comes
+    #[command(after_help = "\
+Examples:
+  drover chat tiny \"Write a haiku\" --max-tokens 40
+  echo \"Write a haiku\" | drover chat tiny -")]
+    Chat(Chat),
+    /// Run a whole fleet on this machine: etcd, a coordinator, agents and a model, until Ctrl-C
+    #[command(after_help = "\
+Examples:
+  drover dev
+  drover dev --nodes 3 --replicas 6 --grpc-port 7400 --http-port 7401
+  drover dev --model ~/models/qwen3-8b-q4_k_m.gguf --replicas 1
+  drover dev --once                         try the whole path and end
+
+Environment:
+  DROVER_LLAMA_SERVER  the llama-server to run, when it is not in PATH
+  DROVER_ETCD          the etcd to run, when it is not in PATH")]
+    Dev(Dev),
+    /// Show the version of this program and of the protocol that it speaks
+    #[command(after_help = "Example:\n  drover version --output json")]
+    Version,
+    /// Write completions for a shell to standard output
+    #[command(after_help = "Example:\n  drover completions bash > ~/.local/share/bash-completion/completions/drover")]
+    Completions(Completions),
+}
+
+/// How long to wait for a change to take effect.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// Wait until the change has taken effect, showing progress; or say why it does not
+    #[arg(long)]
+    pub wait: bool,
+    /// Longest wait, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+}
+
+impl Wait {
+    /// Longest wait.
+    #[must_use]
+    pub fn limit(&self) -> std::time::Duration {
+        std::time::Duration::from_secs(self.timeout)
+    }
+}
+
+/// Options of `apply`.
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// File with the deployment as TOML; "-" reads standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Refuse unless the stored deployment has this generation (0: unless there is none)
+    #[arg(long, value_name = "N")]
+    pub generation: Option<u64>,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+/// What `get` shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// What must run.
+    #[value(alias = "deployment")]
+    Deployments,
+    /// The llama-servers of the deployments.
+    #[value(alias = "instance")]
+    Instances,
+    /// The hosts.
+    #[value(alias = "node")]
+    Nodes,
+}
+
+/// Options of `get`.
+#[derive(Debug, Args)]
+pub struct Get {
+    /// What to show
+    #[arg(value_enum)]
+    pub kind: Kind,
+    /// Only the one of this name (or id)
+    pub name: Option<String>,
+    /// Only instances of this deployment
+    #[arg(long, value_name = "NAME")]
+    pub deployment: Option<String>,
+    /// Only instances on this node
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+}
+
+/// Options of `scale`.
+#[derive(Debug, Args)]
+pub struct Scale {
+    /// Name of the deployment
+    pub name: String,
+    /// Instances wanted; 0 stops them all and keeps the deployment
+    #[arg(allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(0..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: i32,
+    /// Refuse unless the stored deployment has this generation
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub generation: Option<u64>,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+/// Options of `delete`.
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// Name of the deployment
+    pub name: String,
+    /// Refuse unless the stored deployment has this generation
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub generation: Option<u64>,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+/// Options of `logs`.
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// Id of the instance
+    pub instance: String,
+    /// Go on with new lines as they are written
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Number of last lines to begin with
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    pub tail: i32,
+}
+
+/// Options of `events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// Go on with new events as they happen
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only events about this object ("deployment/tiny") or kind ("node/")
+    #[arg(long, value_name = "OBJECT")]
+    pub object: Option<String>,
+}
+
+/// Options of `chat`.
+#[derive(Debug, Args)]
+pub struct Chat {
+    /// Model that is to answer
+    pub model: String,
+    /// The prompt; "-" reads standard input
+    pub prompt: String,
+    /// Most tokens of the answer
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// 0 always takes the likeliest token; higher is more varied
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+    /// Makes an answer repeatable
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u32>,
+    /// Longest wait for the next piece of the answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+}
+
+/// Store of `dev`'s coordinator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Store {
+    /// An etcd of its own.
+    Etcd,
+    /// In the coordinator's memory.
+    Memory,
+}
+
+/// Options of `dev`.
+#[derive(Debug, Args)]
+pub struct Dev {
+    /// Number of agents
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub nodes: u16,
+    /// Model to serve; without one a tiny model is generated (it talks noise)
+    #[arg(long, value_name = "GGUF")]
+    pub model: Option<PathBuf>,
+    /// Instances of the first deployment
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i32).range(1..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: i32,
+    /// Send one streamed chat completion, show nodes and instances, end
+    #[arg(long)]
+    pub once: bool,
+    /// Folder for everything that is written; kept. Without one, a temporary folder that is removed at the end
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Keep the temporary folder, to look into the logs
+    #[arg(long)]
+    pub keep: bool,
+    /// Port of the coordinator's gRPC; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub grpc_port: u16,
+    /// Port of the coordinator's HTTP; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub http_port: u16,
+    /// Where the coordinator keeps its state [default: etcd where it is installed, else memory]
+    #[arg(long, value_enum)]
+    pub store: Option<Store>,
+    /// Longest wait until the first deployment is ready, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+}
+
+/// Options of `completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn parse(line: &str) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn every_command_has_help_with_an_example() {
+        let command = Arguments::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("drover {}", sub.get_name())), "{} has no example", sub.get_name());
+        }
+    }
+
+    #[test]
+    fn the_exit_codes_are_documented() {
+        let help = Arguments::command().render_help().to_string();
+        for code in ["0  ", "1  ", "2  ", "3  ", "4  ", "130"] {
+            assert!(help.contains(&format!("\n  {code}")), "{help}");
+        }
+    }
+
+    #[test]
+    fn global_options_stand_anywhere() {
+        for line in
+            ["drover --coordinators a:1,b:2 get nodes -o json", "drover get nodes --coordinators a:1,b:2 -o json"]
+        {
+            let arguments = parse(line).unwrap();
+            assert_eq!(arguments.global.coordinators, ["a:1", "b:2"]);
+            assert_eq!(arguments.global.output, Format::Json);
+        }
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused_as_usage_errors() {
+        for line in [
+            "drover scale tiny -1",
+            "drover scale tiny 1001",
+            "drover scale tiny two",
+            "drover scale tiny 1 --generation 0",
+            "drover logs tiny-x --tail 0",
+            "drover apply -f x --timeout 0",
+            "drover dev --nodes 0",
+            "drover get pods",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+        assert!(parse("drover scale tiny 0").is_ok());
+    }
+
+    #[test]
+    fn kinds_are_understood_in_the_singular_too() {
+        for (word, kind) in [("node", Kind::Nodes), ("instances", Kind::Instances), ("deployment", Kind::Deployments)] {
+            let Command::Get(get) = parse(&format!("drover get {word} x")).unwrap().command else { panic!() };
+            assert_eq!((get.kind, get.name.as_deref()), (kind, Some("x")));
+        }
+    }
+}

@@ -14,11 +14,20 @@ use async_trait::async_trait;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
+/// Most operations (and most comparisons) of a transaction; etcd's default.
+pub const OPERATIONS_MAX: usize = 128;
+
+/// Most bytes of a transaction; etcd's default.
+pub const REQUEST_BYTES_MAX: usize = 1536 * 1024;
+
+/// Changes that a watch holds for its reader before it stops reading the store's stream.
+pub const WATCH_QUEUE: usize = 1024;
+
 /// A store, whichever it is.
 pub type Store = Arc<dyn Backend>;
 
 /// Why a store did not do what was asked.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Nothing was done: the store can't be reached, has no leader, or refused the request for now.
     #[error("the store can't be reached: {0}")]
@@ -83,9 +92,12 @@ pub enum Compare {
     ModRevisionBelow(String, i64),
     /// The key was created at exactly this revision; 0: it does not exist.
     CreateRevision(String, i64),
+    /// The key exists.
+    Exists(String),
 }
 
-/// What a transaction does. A transaction may not touch one key twice.
+/// What a transaction does. A key that is put may not be put again or deleted in the same transaction; reads see what the
+/// operations before them did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
     /// Writes a key; `lease` 0 for none.
@@ -107,6 +119,14 @@ pub enum Op {
     List(String),
 }
 
+impl Op {
+    /// Whether it can change something.
+    #[must_use]
+    pub const fn writes(&self) -> bool {
+        matches!(self, Self::Put { .. } | Self::Delete(_) | Self::DeletePrefix(_))
+    }
+}
+
 /// One atomic step: if everything compared holds, `then`, else `otherwise`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Txn {
@@ -116,6 +136,14 @@ pub struct Txn {
     pub then: Vec<Op>,
     /// Done when one does not.
     pub otherwise: Vec<Op>,
+}
+
+impl Txn {
+    /// Whether any outcome of it can change something.
+    #[must_use]
+    pub fn writes(&self) -> bool {
+        self.then.iter().chain(&self.otherwise).any(Op::writes)
+    }
 }
 
 /// What became of a transaction.

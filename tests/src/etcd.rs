@@ -1,0 +1,222 @@
+//! A real etcd for a test: a child process with its own ports, data and log, gone when dropped.
+//!
+//! It stays in the test's process group, so whatever ends the test by force (nextest's time limit, Ctrl-C) ends it as well.
+
+use anyhow::{Context, bail, ensure};
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
+use rand::RngExt;
+use std::{
+    fs::File,
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
+
+/// How long etcd may take to answer that it is healthy, on a loaded machine.
+const HEALTHY_WITHIN: Duration = Duration::from_secs(30);
+/// How often its health is asked for meanwhile.
+const POLL: Duration = Duration::from_millis(20);
+/// Starts tried, each with another port, when a port turned out to be taken.
+const STARTS: usize = 5;
+
+/// A running (or stopped, or killed) etcd of one member.
+#[derive(Debug)]
+pub struct Etcd {
+    child: Option<Child>,
+    port: u16,
+    extra: Vec<String>,
+    /// Data and log. Declared last: it is removed after the process.
+    folder: TempDir,
+}
+
+impl Etcd {
+    /// Starts one and waits until it is healthy. The program is `etcd` of PATH, or `DROVER_ETCD`.
+    ///
+    /// # Errors
+    /// When it can't be started or does not become healthy; with the end of its log.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// As [`Etcd::start`], with more arguments, as in `["--quota-backend-bytes", "4194304"]`.
+    ///
+    /// # Errors
+    /// As [`Etcd::start`].
+    pub async fn start_with(extra: &[&str]) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("drover-etcd-").tempdir().context("a folder for etcd")?;
+        let extra = extra.iter().map(ToString::to_string).collect();
+        let mut etcd = Self { child: None, port: 0, extra, folder };
+        for left in (0..STARTS).rev() {
+            etcd.port = free_port()?;
+            match etcd.run().await {
+                Ok(()) => return Ok(etcd),
+                Err(error) if left > 0 && etcd.log().contains("address already in use") => {
+                    eprintln!("port {} was taken meanwhile, another is tried: {error:#}", etcd.port);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        bail!("no free port found in {STARTS} attempts")
+    }
+
+    /// Client addresses, as coordinators take them.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<String> {
+        vec![format!("http://127.0.0.1:{}", self.port)]
+    }
+
+    /// Process id, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Folder of its data and log.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What it logged since the last start.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Halts it where it is (SIGSTOP): connections stay open and nothing answers.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on after [`Etcd::stop`].
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn cont(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Ends it at once (SIGKILL); connections break and new ones are refused. Data stay.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kill(&mut self) -> anyhow::Result<ExitStatus> {
+        let mut child = self.child.take().context("etcd does not run")?;
+        child.kill().context("killing etcd")?;
+        child.wait().context("waiting for the end of etcd")
+    }
+
+    /// Starts it again after [`Etcd::kill`] on the same data and port, and waits until it is healthy.
+    ///
+    /// # Errors
+    /// As [`Etcd::start`].
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        ensure!(self.child.is_none(), "etcd runs still: kill it before it is started again");
+        self.run().await
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.pid().context("etcd does not run")?;
+        // A child that was not waited for keeps its pid, so this can hit nothing else.
+        signal::kill(Pid::from_raw(pid.try_into()?), signal).with_context(|| format!("{signal} to etcd"))
+    }
+
+    #[allow(clippy::disallowed_methods, reason = "a test harness starts programs")]
+    async fn run(&mut self) -> anyhow::Result<()> {
+        let program = std::env::var_os("DROVER_ETCD").unwrap_or_else(|| "etcd".into());
+        let log = File::create(self.folder.path().join("log")).context("the log of etcd")?;
+        let client = self.endpoints().remove(0);
+        // A single member never uses its peer port: the kernel may choose it.
+        let peer = "http://127.0.0.1:0";
+        let child = Command::new(&program)
+            .args(["--name", "test", "--data-dir"])
+            .arg(self.folder.path().join("data"))
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer])
+            .args(["--initial-cluster", &format!("test={peer}")])
+            .args(["--logger", "zap", "--log-outputs", "stderr"])
+            .args(&self.extra)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("the log of etcd")?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| {
+                format!("starting {}: install etcd-server, or name it in DROVER_ETCD", program.display())
+            })?;
+        self.child = Some(child);
+        self.healthy().await
+    }
+
+    async fn healthy(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + HEALTHY_WITHIN;
+        loop {
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait().context("etcd's end")?
+            {
+                self.child = None;
+                bail!("etcd ended with {status}; the end of its log:\n{}", self.log_end());
+            }
+            if let Ok(Ok(true)) = timeout(Duration::from_secs(1), says_healthy(self.port)).await {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "etcd was not healthy within {HEALTHY_WITHIN:?}; its log:\n{}",
+                self.log_end()
+            );
+            sleep(POLL).await;
+        }
+    }
+
+    fn log_end(&self) -> String {
+        let log = self.log();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        if self.child.is_some()
+            && let Err(error) = self.kill()
+        {
+            eprintln!("etcd of {} is left running: {error:#}", self.folder.path().display());
+        }
+    }
+}
+
+async fn says_healthy(port: u16) -> anyhow::Result<bool> {
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).await?;
+    connection.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await?;
+    Ok(answer.contains(r#""health":"true""#))
+}
+
+/// A port that is free now. It is taken from below the range from which the kernel serves everyone who binds port 0 or
+/// connects (32768 and up): so nobody gets it by chance before etcd binds it, nor while etcd is down for a restart.
+///
+/// # Errors
+/// When none of many is free.
+pub fn free_port() -> anyhow::Result<u16> {
+    let mut random = rand::rng();
+    (0..100)
+        .map(|_| random.random_range(10_000..32_000))
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .context("no free port between 10000 and 32000 on 127.0.0.1")
+}

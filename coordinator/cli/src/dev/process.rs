@@ -24,6 +24,8 @@ use tokio::{
 /// Most bytes of a log that are looked at for its last lines.
 const TAIL_BYTES: u64 = 16 << 10;
 const TAIL_LINES: usize = 15;
+/// Time between SIGTERM and SIGKILL in a hurry.
+const HURRIED_GRACE: Duration = Duration::from_secs(1);
 /// How long a killed process may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -89,7 +91,7 @@ impl Process {
         }
     }
 
-    /// SIGTERM, and SIGKILL after `grace` or as soon as `hurry` is true. Returns when it has ended.
+    /// SIGTERM, and SIGKILL after `grace`, or soon after `hurry` is true. Returns when it has ended.
     pub async fn stop(&self, grace: Duration, hurry: &watch::Receiver<bool>) -> End {
         // An error means that it has ended already.
         let _ = self.orders.send(Order::Terminate { grace }).await;
@@ -97,6 +99,10 @@ impl Process {
         tokio::select! {
             end = self.ended() => return end,
             Ok(_) = hurry.wait_for(|hurry| *hurry) => {}
+        }
+        // Even in a hurry: it has been told a moment ago.
+        if let Ok(end) = tokio::time::timeout(HURRIED_GRACE, self.ended()).await {
+            return end;
         }
         let _ = self.orders.send(Order::Kill).await;
         let unknown = End { status: None, asked: true };

@@ -1,0 +1,374 @@
+//! The agent's side of its proxy: finds the living one or starts one, keeps it alive, gives it the routes.
+//!
+//! A task owns the control connection and the child; [`ProxyHandle`] is the cheap handle that everybody else holds. The
+//! handle's end stops the task and leaves the proxy running; only [`ProxyHandle::end`] and [`end_at`] end the proxy.
+
+use super::{
+    ProxySettings,
+    route::Route,
+    spawn,
+    wire::{FromAgent, FromProxy, Reader, Writer},
+};
+use anyhow::{Context as _, anyhow, bail};
+use std::{collections::BTreeMap, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use tokio::{
+    net::{UnixStream, unix::OwnedWriteHalf},
+    process::Child,
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+/// A proxy must have answered within this time after its start.
+const START_DEADLINE: Duration = Duration::from_secs(10);
+const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+/// How often a socket is tried while its proxy starts.
+const START_POLL: Duration = Duration::from_millis(10);
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Longer than the order's own deadline, for the process to end.
+const END_MARGIN: Duration = Duration::from_secs(2);
+
+/// What the proxy should do.
+#[derive(Debug, Default, Clone)]
+struct Desired {
+    sequence: u64,
+    /// None until the agent has said so once: a proxy found alive keeps its routes until then.
+    routes: Option<Arc<Vec<Route>>>,
+    end: Option<Duration>,
+}
+
+/// What is known of it.
+#[derive(Debug, Default, Clone)]
+struct Observed {
+    connected: bool,
+    address: Option<SocketAddr>,
+    pid: u32,
+    version: String,
+    applied: u64,
+    in_flight: BTreeMap<String, u64>,
+    failures: u32,
+    error: String,
+    ended: Option<Result<(), String>>,
+}
+
+/// A cheap handle on the host's proxy.
+#[derive(Debug, Clone)]
+pub struct ProxyHandle(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    desired: watch::Sender<Desired>,
+    observed: watch::Receiver<Observed>,
+    supervisor: JoinHandle<()>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.supervisor.abort();
+    }
+}
+
+impl ProxyHandle {
+    /// Takes over the proxy that serves this runtime folder, whatever its version and settings, or starts one; then
+    /// supervises it: should it die, another is started within a second on the same port and given the routes again.
+    ///
+    /// Must be called on a runtime that lives as long as the agent.
+    ///
+    /// # Errors
+    /// No proxy could be started; the text holds the last lines of its log.
+    pub async fn ensure(settings: ProxySettings) -> anyhow::Result<Self> {
+        let (desired, desires) = watch::channel(Desired::default());
+        let (observations, observed) = watch::channel(Observed::default());
+        let supervisor =
+            tokio::spawn(Supervisor { settings, desired: desires, observed: observations, known: None }.run());
+        let shared = Shared { desired, observed, supervisor };
+        let mut observed = shared.observed.clone();
+        let up = observed.wait_for(|o| o.connected || o.failures >= 2);
+        match timeout(START_DEADLINE, up).await {
+            Ok(Ok(o)) if o.connected => {}
+            Ok(Ok(o)) => bail!("the proxy can't be started: {}", o.error),
+            Ok(Err(_)) => bail!("the proxy's supervisor has ended"),
+            Err(_) => bail!(
+                "the proxy has not answered within {} s: {}",
+                START_DEADLINE.as_secs(),
+                shared.observed.borrow().error
+            ),
+        }
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Sets the full set of routes; returns at once. They reach the proxy now, or when it is back.
+    pub fn set_routes(&self, routes: Vec<Route>) {
+        self.0.desired.send_if_modified(|desired| {
+            if desired.routes.as_deref() == Some(&routes) {
+                return false;
+            }
+            desired.sequence += 1;
+            desired.routes = Some(Arc::new(routes));
+            true
+        });
+    }
+
+    /// Waits until the routes set last are in force; false when they are not in time.
+    pub async fn wait_applied(&self, within: Duration) -> bool {
+        let sequence = self.0.desired.borrow().sequence;
+        self.wait_for(within, |o| o.connected && o.applied >= sequence).await
+    }
+
+    /// Requests of an instance in flight, as the proxy last told.
+    #[must_use]
+    pub fn in_flight(&self, instance: &str) -> u64 {
+        self.0.observed.borrow().in_flight.get(instance).copied().unwrap_or(0)
+    }
+
+    /// Waits until the routes set last are in force and an instance has no request in flight: set its route to draining (or
+    /// leave it out) first. False when requests are left, or the proxy is away, at the end of the time.
+    pub async fn wait_drained(&self, instance: &str, within: Duration) -> bool {
+        let sequence = self.0.desired.borrow().sequence;
+        self.wait_for(within, |o| o.connected && o.applied >= sequence && !o.in_flight.contains_key(instance)).await
+    }
+
+    async fn wait_for(&self, within: Duration, condition: impl FnMut(&Observed) -> bool) -> bool {
+        let mut observed = self.0.observed.clone();
+        matches!(timeout(within, observed.wait_for(condition)).await, Ok(Ok(_)))
+    }
+
+    /// Address of the HTTP listener, with its real port; stays the same when the proxy is started again.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        // Set by the first hello, which `ensure` waits for.
+        self.0.observed.borrow().address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    /// Process id of the proxy, as it last told.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.0.observed.borrow().pid
+    }
+
+    /// Version of the proxy, as it last told; may differ from the agent's after an upgrade.
+    #[must_use]
+    pub fn version(&self) -> String {
+        self.0.observed.borrow().version.clone()
+    }
+
+    /// Ends the proxy: it drains for at most `within`, then cuts what is left. Returns when the process is gone.
+    ///
+    /// # Errors
+    /// It has not ended in time.
+    pub async fn end(self, within: Duration) -> anyhow::Result<()> {
+        self.0.desired.send_modify(|desired| desired.end = Some(within));
+        let mut observed = self.0.observed.clone();
+        let ended = timeout(within + 2 * END_MARGIN, observed.wait_for(|o| o.ended.is_some())).await;
+        match ended.map(|o| o.map(|o| o.ended.clone())) {
+            Ok(Ok(Some(result))) => result.map_err(|error| anyhow!("the proxy has not ended: {error}")),
+            _ => bail!("the proxy has not ended in time (pid {})", self.pid()),
+        }
+    }
+}
+
+/// Ends the proxy that serves a runtime folder, for a program that does not supervise it. False when there was none.
+///
+/// # Errors
+/// It can't be reached, or has not ended in time.
+pub async fn end_at(runtime_dir: &Path, within: Duration) -> anyhow::Result<bool> {
+    let path = runtime_dir.join("proxy.sock");
+    let stream = match connect(&path).await {
+        Ok(stream) => stream,
+        Err(error) if nobody_listens(&error) => return Ok(false),
+        Err(error) => return Err(error).with_context(|| format!("{} can't be reached", path.display())),
+    };
+    let (read, write) = stream.into_split();
+    order_end(&mut Reader::new(read), &mut Writer::new(write), within).await.context("the proxy has not ended")?;
+    Ok(true)
+}
+
+fn nobody_listens(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
+fn timed_out(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, what)
+}
+
+async fn connect(path: &Path) -> io::Result<UnixStream> {
+    timeout(CONNECT_DEADLINE, UnixStream::connect(path)).await.map_err(|_| timed_out("it does not accept"))?
+}
+
+async fn send(writer: &mut Writer<OwnedWriteHalf>, message: &FromAgent) -> io::Result<()> {
+    timeout(WRITE_DEADLINE, writer.send(message)).await.map_err(|_| timed_out("it does not read"))?
+}
+
+/// Orders the end and waits for the end of the connection, which lasts as long as the process.
+async fn order_end(
+    reader: &mut Reader<tokio::net::unix::OwnedReadHalf>,
+    writer: &mut Writer<OwnedWriteHalf>,
+    within: Duration,
+) -> io::Result<()> {
+    let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
+    send(writer, &FromAgent::End { within_ms }).await?;
+    let gone = async { while let Ok(Some(_)) = reader.next::<FromProxy>().await {} };
+    timeout(within + END_MARGIN, gone).await.map_err(|_| timed_out("it lives on after the time given"))
+}
+
+/// How a connection to the proxy ended.
+enum Over {
+    /// By our own order: the process is gone.
+    Ended,
+    /// The agent's handle is gone.
+    Released,
+    /// Otherwise: look again.
+    Lost,
+}
+
+struct Supervisor {
+    settings: ProxySettings,
+    desired: watch::Receiver<Desired>,
+    observed: watch::Sender<Observed>,
+    /// Address that the proxy had last.
+    known: Option<SocketAddr>,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let mut child: Option<Child> = None;
+        let mut delay = RETRY_MIN;
+        loop {
+            let began = Instant::now();
+            let problem = match connect(&self.settings.control_socket()).await {
+                Ok(stream) => match self.talk(stream, &mut child).await {
+                    Ok(Over::Ended) => {
+                        if let Some(mut child) = child {
+                            // Its connection has closed, so it is about to be gone.
+                            let _ = timeout(END_MARGIN, child.wait()).await;
+                        }
+                        self.observed.send_modify(|o| o.ended = Some(Ok(())));
+                        return;
+                    }
+                    Ok(Over::Released) => return,
+                    Ok(Over::Lost) => None,
+                    Err(error) => Some(format!("its control connection broke: {error}")),
+                },
+                Err(_) if self.desired.borrow().end.is_some() => {
+                    if let Some(mut child) = child {
+                        let _ = child.kill().await;
+                    }
+                    self.observed.send_modify(|o| o.ended = Some(Ok(())));
+                    return;
+                }
+                Err(error) if nobody_listens(&error) => match self.start().await {
+                    Ok(started) => {
+                        child = Some(started);
+                        continue;
+                    }
+                    Err(error) => Some(format!("{error:#}")),
+                },
+                Err(error) => Some(format!("{}: {error}", self.settings.control_socket().display())),
+            };
+            self.observed.send_modify(|o| {
+                (o.connected, o.applied) = (false, 0);
+                if let Some(problem) = problem {
+                    tracing::warn!(problem, "the proxy is away");
+                    o.failures += 1;
+                    o.error = problem;
+                }
+            });
+            if let Some(mut gone) = child.take() {
+                // One that was told to end by somebody else may drain for a while yet; it is only waited for.
+                tokio::spawn(async move {
+                    if let Ok(status) = gone.wait().await {
+                        tracing::info!(%status, "a proxy has ended");
+                    }
+                });
+            }
+            delay = if began.elapsed() > RETRY_MAX { RETRY_MIN } else { (delay * 2).min(RETRY_MAX) };
+            sleep(delay).await;
+        }
+    }
+
+    /// Starts a proxy and waits until its socket accepts.
+    async fn start(&mut self) -> anyhow::Result<Child> {
+        let mut child = spawn::spawn(&self.settings, self.known)?;
+        let accepting = async {
+            loop {
+                if let Some(status) = child.try_wait().context("the proxy can't be waited for")? {
+                    bail!("the proxy ended at its start with {status}: {}", spawn::last_words(&self.settings));
+                }
+                if connect(&self.settings.control_socket()).await.is_ok() {
+                    return Ok(());
+                }
+                sleep(START_POLL).await;
+            }
+        };
+        match timeout(START_DEADLINE, accepting).await {
+            Ok(Ok(())) => Ok(child),
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                let _ = child.kill().await;
+                bail!("the proxy did not listen in time: {}", spawn::last_words(&self.settings))
+            }
+        }
+    }
+
+    async fn talk(&mut self, stream: UnixStream, child: &mut Option<Child>) -> io::Result<Over> {
+        let (read, write) = stream.into_split();
+        let (mut reader, mut writer) = (Reader::new(read), Writer::new(write));
+        let hello = timeout(HELLO_DEADLINE, reader.next()).await.map_err(|_| timed_out("it does not say hello"))?;
+        let Some(FromProxy::Hello { pid, version, address }) = hello? else {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it did not say hello"));
+        };
+        if version != drover_proto::VERSION || (self.settings.listen.port() != 0 && self.settings.listen != address) {
+            // Replacing it would cut streams: an upgrade of the proxy is an act of its own.
+            tracing::info!(version, %address, "a living proxy of other version or settings is kept");
+        }
+        self.known = Some(address);
+        spawn::remember(&self.settings, address);
+        self.observed.send_modify(|o| {
+            (o.connected, o.applied, o.failures) = (true, 0, 0);
+            (o.pid, o.version, o.address) = (pid, version, Some(address));
+            o.in_flight.clear();
+            o.error.clear();
+        });
+        let mut sent = 0;
+        loop {
+            let desired = self.desired.borrow_and_update().clone();
+            if let Some(within) = desired.end {
+                let ended = order_end(&mut reader, &mut writer, within).await;
+                if let Err(error) = ended {
+                    // Only a child of ours can be ended without doubt about who it is.
+                    match child.as_mut().filter(|child| child.id() == Some(pid)) {
+                        Some(child) => child.kill().await?,
+                        None => {
+                            self.observed.send_modify(|o| o.ended = Some(Err(format!("pid {pid}: {error}"))));
+                            return Ok(Over::Released);
+                        }
+                    }
+                }
+                return Ok(Over::Ended);
+            }
+            if let Some(routes) = desired.routes.filter(|_| desired.sequence > sent) {
+                let message = FromAgent::Routes { sequence: desired.sequence, routes: routes.to_vec() };
+                send(&mut writer, &message).await?;
+                sent = desired.sequence;
+            }
+            tokio::select! {
+                changed = self.desired.changed() => if changed.is_err() {
+                    return Ok(Over::Released);
+                },
+                message = reader.next::<FromProxy>() => match message? {
+                    Some(FromProxy::State { applied, in_flight }) => {
+                        self.observed.send_modify(|o| (o.applied, o.in_flight) = (applied, in_flight));
+                    }
+                    Some(FromProxy::Hello { .. }) => {}
+                    Some(FromProxy::Ending) | None => {
+                        tracing::warn!(pid, "the proxy has ended: another is started");
+                        return Ok(Over::Lost);
+                    }
+                },
+            }
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! PURE. From a snapshot to who serves which model.
+
+use crate::plan::snapshot::Snapshot;
+use drover_proto::{
+    limits::defaults,
+    v1::{DeploymentSpec, InstanceState},
+};
+use std::collections::BTreeMap;
+
+/// The models that exist, by the name that clients use.
+pub type Routes = BTreeMap<String, Model>;
+
+/// A model with at least one deployment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Model {
+    /// When its oldest deployment was made, in seconds since 1970.
+    pub created_s: i64,
+    /// Instances that may be sent requests, by id.
+    pub backends: Vec<Backend>,
+}
+
+/// An instance that may be sent requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// Its id.
+    pub instance: String,
+    /// Node that owns it.
+    pub node: String,
+    /// Proxy of that node, "host:port".
+    pub proxy_address: String,
+    /// Requests that it works on at the same time; at least 1.
+    pub slots: u32,
+    /// It serves embeddings and nothing that generates.
+    pub embeddings: bool,
+}
+
+impl Model {
+    /// Those for embeddings or for generating; all of them when none fits, so that llama-server itself says what it can't.
+    #[must_use]
+    pub fn backends_for(&self, embeddings: bool) -> Vec<&Backend> {
+        let fitting: Vec<_> = self.backends.iter().filter(|backend| backend.embeddings == embeddings).collect();
+        if fitting.is_empty() { self.backends.iter().collect() } else { fitting }
+    }
+}
+
+/// The name that clients use for what a spec describes.
+fn model_of(spec: &DeploymentSpec) -> &str {
+    if spec.model.is_empty() { &spec.name } else { &spec.model }
+}
+
+/// The routes of a snapshot.
+#[must_use]
+pub fn routes(snapshot: &Snapshot) -> Routes {
+    let mut routes = Routes::new();
+    for stored in snapshot.deployments.values().filter(|d| !d.value.deleting) {
+        let Some(spec) = &stored.value.spec else { continue };
+        let created_s = stored.value.created_at.as_ref().map_or(0, |time| time.seconds);
+        let model = routes.entry(model_of(spec).to_owned()).or_insert(Model { created_s, backends: Vec::new() });
+        model.created_s = model.created_s.min(created_s);
+    }
+    for (id, stored) in snapshot.instances.iter().filter(|(_, i)| i.value.wanted) {
+        // Only standing claims for now. An instance whose claim vanished with its session may well answer still ("unowned
+        // but answering"): to keep it routed, a status that says READY under the token of the run on record would count
+        // here too, until a higher token is ready elsewhere.
+        if snapshot.state(id) != InstanceState::Ready {
+            continue;
+        }
+        let (Some(claim), Some(spec)) = (snapshot.claims.get(id), snapshot.spec_of(&stored.value)) else { continue };
+        let Some(node) = snapshot.nodes.get(&claim.value.node) else { continue };
+        let Some(model) = routes.get_mut(model_of(spec)) else { continue };
+        if node.value.proxy_address.is_empty() {
+            continue;
+        }
+        model.backends.push(Backend {
+            instance: id.clone(),
+            node: claim.value.node.clone(),
+            proxy_address: node.value.proxy_address.clone(),
+            slots: spec.slots.and_then(|n| u32::try_from(n).ok()).unwrap_or(defaults::SLOTS.unsigned_abs()).max(1),
+            embeddings: spec.embeddings,
+        });
+    }
+    routes
+}
+
+#[cfg(test)]
+#[path = "tests/routes.rs"]
+mod tests;

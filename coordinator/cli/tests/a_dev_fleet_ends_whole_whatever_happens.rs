@@ -150,14 +150,21 @@ async fn a_program_that_dies_is_named_with_its_last_words_and_the_rest_is_ended(
 #[tokio::test]
 async fn a_signal_half_way_ends_what_was_started_and_a_second_one_hurries() {
     // Agents that never get ready and do not listen to SIGTERM.
-    let bench = Bench::new("trap '' TERM; while :; do sleep 0.02; done").await;
+    let bench = Bench::new("trap '' TERM; echo $name deaf >> DIARY; while :; do sleep 0.02; done").await;
     let mut child = bench.dev(&["--nodes", "1"]);
     until_told(&mut child, "agents: 0 of 1").await;
+    let deaf = async {
+        while bench.diary() != ["node-1 deaf"] {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, deaf).await.unwrap();
     signal(&child, Signal::SIGTERM);
     until_told(&mut child, "agents: ending").await;
     signal(&child, Signal::SIGINT);
     let (code, _, err) = parts(&end(child).await);
-    assert_eq!((code, bench.diary()), (143, vec!["node-1 down".to_owned(), "coordinator ended".to_owned()]), "{err}");
+    assert_eq!(code, 143, "{err}");
+    assert_eq!(bench.diary(), ["node-1 deaf", "node-1 down", "coordinator ended"], "{err}");
 }
 
 #[tokio::test]

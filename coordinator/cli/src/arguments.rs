@@ -116,6 +116,8 @@ Examples:
   drover dev --model ~/models/qwen3-8b-q4_k_m.gguf --replicas 1
   drover dev --once                         try the whole path and end
 
+Ctrl-C (or SIGTERM) ends everything, with exit code 0 once the fleet was ready; a second one hurries.
+
 Environment:
   DROVER_LLAMA_SERVER  the llama-server to run, when it is not in PATH
   DROVER_ETCD          the etcd to run, when it is not in PATH")]

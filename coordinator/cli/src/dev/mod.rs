@@ -50,7 +50,10 @@ pub async fn run(context: &Context, options: &Dev) -> Result<(), Failure> {
     let ready = cluster.ready;
     // Told at once: what follows may take a while.
     if let Some(message) = result.as_ref().err().and_then(Failure::message) {
-        progress.done(message);
+        progress.done(message.lines().next().unwrap_or_default());
+        if !options.keep && options.data_dir.is_none() {
+            progress.done("the logs go with the temporary folder: --keep keeps them");
+        }
     }
     progress.resume("ending everything");
     let problems = cluster.end(&signals.hurry(), options.keep, &progress).await;

@@ -15,8 +15,6 @@ pub mod route;
 mod serve;
 mod spawn;
 mod tail;
-#[cfg(test)]
-mod tests;
 mod wire;
 
 use anyhow::Context as _;
@@ -145,10 +143,19 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let _ = nix::unistd::setsid();
     let settings = args.settings();
     own_log::init(&settings.log_filter)?;
+    let ended = serve_until_told(&settings, args.prefer_port).await;
+    if let Err(error) = &ended {
+        // In one line, for the agent that looks for the reason.
+        tracing::error!("{error:#}");
+    }
+    ended
+}
+
+async fn serve_until_told(settings: &ProxySettings, prefer_port: Option<u16>) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .context("the proxy can't listen for SIGTERM")?;
-    let proxy = Proxy::bind(&settings, args.prefer_port)?;
+    let proxy = Proxy::bind(settings, prefer_port)?;
     let bounded = tokio::spawn(own_log::keep_bounded(settings.log_file()));
     let asked = shutdown.clone();
     let signals = tokio::spawn(async move {
@@ -166,20 +173,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves in the calling process until it gets SIGTERM.
+/// Serves in the calling process until SIGTERM, SIGINT or an order over the control socket, drains and returns.
 ///
 /// # Errors
 /// As [`run`].
 pub async fn serve(settings: ProxySettings) -> anyhow::Result<()> {
-    let shutdown = CancellationToken::new();
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
-        .context("the proxy can't listen for SIGTERM")?;
-    let serving = Proxy::bind(&settings, None)?.serve(shutdown.clone());
-    tokio::pin!(serving);
-    tokio::select! {
-        () = &mut serving => return Ok(()),
-        _ = terminate.recv() => shutdown.cancel(),
-    }
-    serving.await;
-    Ok(())
+    serve_until_told(&settings, None).await
 }

@@ -87,9 +87,13 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("{} can't be made absolute", path.display()))
 }
 
-/// The last lines of the proxy's log, for an error's text.
+/// Why the proxy ended, from its log, for an error's text: the last error, or else the last lines.
 pub(super) fn last_words(settings: &ProxySettings) -> String {
     let text = fs::read(settings.log_file()).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
-    text.lines().rev().take(3).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("; ")
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(4000)..]).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    match lines.iter().rev().find_map(|line| line.split_once(" ERROR ")) {
+        Some((_, error)) => error.to_owned(),
+        None => lines[lines.len().saturating_sub(3)..].join("; "),
+    }
 }

@@ -1,0 +1,9 @@
+//! The proxy as its agent and its clients see it: a process of its own, driven over its control socket and its port. The
+//! llama-servers behind it are stand-ins here that answer what a test needs; real ones are behind the coordinator's tests.
+
+mod a_draining_instance_finishes_what_it_has;
+mod a_request_goes_through_unchanged;
+mod logs_are_shown_and_followed;
+mod nobody_enters_without_the_secret;
+mod support;
+mod the_proxy_outlives_the_agent;

@@ -1,5 +1,7 @@
 //! A real etcd that hangs, dies, comes back, fills up or demands a log-in, and what callers are told.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of a test are no #[test]")]
+
 use drover_coordinator::store::{
     Backend, Change, Compare, Error, Op, Txn,
     etcd::{Etcd, Settings},
@@ -52,21 +54,27 @@ async fn a_halted_etcd_ends_every_call_and_watch_in_time() {
     store.renew(lease).await.unwrap();
     let start = store.txn(put("before", lease)).await.unwrap().revision;
     let mut watch = store.watch("", start + 1).await.unwrap();
+    // One whose connection sends no pings, so that only its own question finds out.
+    let without_pings = Settings { keep_alive: Duration::from_secs(600), ..settings(&server) };
+    let without_pings = Etcd::connect(without_pings).await.unwrap();
+    let mut watch_without_pings = without_pings.watch("", start + 1).await.unwrap();
 
     server.stop().unwrap();
     let limit = CALL + SLACK;
-    let (read, write, renewal, grant, watched) = tokio::join!(
+    let (read, write, renewal, grant, watched, watched_without_pings) = tokio::join!(
         within(limit, "a read", store.get("before")),
         within(limit, "a write", store.txn(put("during", 0))),
         within(limit, "a renewal", store.renew(lease)),
         within(limit, "a grant", store.grant(Duration::from_secs(5))),
         within(limit + SLACK, "the watch", watch.next()),
+        within(limit + SLACK, "the watch without pings", watch_without_pings.next()),
     );
     assert!(matches!(read, Err(Error::Unavailable(_))), "{read:?}");
     assert!(matches!(write, Err(Error::OutcomeUnknown(_))), "{write:?}");
     assert!(matches!(renewal, Err(Error::Unavailable(_))), "{renewal:?}");
     assert!(matches!(grant, Err(Error::OutcomeUnknown(_))), "{grant:?}");
     assert!(matches!(watched, Err(Error::Unavailable(_))), "{watched:?}");
+    assert!(matches!(watched_without_pings, Err(Error::Unavailable(_))), "{watched_without_pings:?}");
     let read_only = Txn { then: vec![Op::Get("before".to_owned())], ..Txn::default() };
     let read = within(limit, "a transaction that only reads", store.txn(read_only)).await;
     assert!(matches!(read, Err(Error::Unavailable(_))), "{read:?}");
@@ -155,6 +163,23 @@ async fn keep_alive_pings_do_not_make_etcd_close_a_quiet_connection() {
     store.txn(put("a", lease)).await.unwrap();
     let changes = within(CALL, "the watch", watch.next()).await.unwrap();
     assert_eq!(changes.changes.len(), 1);
+}
+
+#[tokio::test]
+async fn a_watch_without_a_reader_is_closed() {
+    let server = server().await;
+    let store = Etcd::connect(settings(&server)).await.unwrap();
+    let watches: Vec<_> = futures::future::join_all((0..5).map(|_| store.watch("", 0))).await;
+    assert!(watches.iter().all(Result::is_ok));
+    let open = async || server.metric("etcd_debugging_mvcc_watcher_total").await.unwrap();
+    assert_eq!(open().await, 5.0);
+    drop(watches);
+    let closed = async {
+        while open().await > 0.0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(Duration::from_secs(5), "closing", closed).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! What Drover relies on, asked of both stores: the end of leases, compaction, and limits.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of a test are no #[test]")]
+
 use drover_coordinator::store::{
     Change, Error, OPERATIONS_MAX, Op, REQUEST_BYTES_MAX, Store, Txn, Watch,
     etcd::{self, Etcd},
@@ -33,7 +35,8 @@ async fn a_lease_ends_with_all_its_keys_at_once(store: Store) {
     // One that moves off the lease stays.
     let last = write(&store, vec![put("sessions/a", 0)]).await;
     let mut watch = store.watch("", last + 1).await.unwrap();
-    // Renewed once, so that it ends later than it would have.
+    // Renewed when half of its time is over, so that it ends later than it would have.
+    tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(store.renew(lease).await, Ok(Duration::from_secs(2)));
     let renewed = Instant::now();
 

@@ -3,16 +3,22 @@
 //! Prints the seed of each run; `DROVER_SEED=n` repeats one. Revisions are compared relative to the start of the run,
 //! leases by the order in which they were granted.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of a test are no #[test]"
+)]
+
 use drover_coordinator::store::{
     Backend, Change, Compare, Error, KeyValue, Op, Store, Txn, TxnOutcome,
     etcd::{self, Etcd},
     memory::Memory,
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
+use tokio::time::Instant;
 
 const STEPS: usize = 250;
 const TIME: Duration = Duration::from_secs(8);

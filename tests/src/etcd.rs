@@ -93,6 +93,16 @@ impl Etcd {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
+    /// One of its own figures, as `/metrics` gives them: "etcd_debugging_mvcc_keys_total", for instance.
+    ///
+    /// # Errors
+    /// When it does not answer or has no such figure.
+    pub async fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let answer = timeout(Duration::from_secs(5), get(self.port, "/metrics")).await.context("etcd's metrics")??;
+        let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.with_context(|| format!("etcd has no figure {name}"))?.trim().parse().context("etcd's figure")
+    }
+
     /// Halts it where it is (SIGSTOP): connections stay open and nothing answers.
     ///
     /// # Errors
@@ -201,11 +211,16 @@ impl Drop for Etcd {
 }
 
 async fn says_healthy(port: u16) -> anyhow::Result<bool> {
+    Ok(get(port, "/health").await?.contains(r#""health":"true""#))
+}
+
+/// A whole answer, header included. HTTP 1.0, so that it comes in one piece and ends with the connection.
+async fn get(port: u16, path: &str) -> anyhow::Result<String> {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).await?;
-    connection.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
+    connection.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await?;
-    Ok(answer.contains(r#""health":"true""#))
+    Ok(answer)
 }
 
 /// A port that is free now. It is taken from below the range from which the kernel serves everyone who binds port 0 or
@@ -219,4 +234,27 @@ pub fn free_port() -> anyhow::Result<u16> {
         .map(|_| random.random_range(10_000..32_000))
         .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .context("no free port between 10000 and 32000 on 127.0.0.1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_left_of_it_even_when_it_was_halted() {
+        let etcd = Etcd::start().await.unwrap();
+        let (pid, port, folder) = (etcd.pid().unwrap(), etcd.port, etcd.folder().to_owned());
+        assert!(folder.join("data/member").is_dir());
+        etcd.stop().unwrap();
+        drop(etcd);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+        assert!(!folder.exists());
+        assert!(TcpListener::bind(("127.0.0.1", port)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_start_that_fails_says_why() {
+        let error = Etcd::start_with(&["--election-timeout", "1"]).await.unwrap_err();
+        assert!(format!("{error:#}").contains("election-timeout"), "{error:#}");
+    }
 }

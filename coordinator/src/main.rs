@@ -1,2 +1,22 @@
-//! placeholder
-fn main() {}
+//! The coordinator's life: configuration, logging, build, log the addresses, serve, signal, drain with a deadline.
+
+use clap::Parser as _;
+use drover_coordinator::{config, serve};
+
+fn main() -> std::process::ExitCode {
+    let args = config::Args::parse();
+    let result = config::Config::from_args(args).and_then(|config| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        runtime.block_on(serve::run(config))
+    });
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            #[allow(clippy::print_stderr)] // the last word of a program that could not start, or did not end well
+            {
+                eprintln!("drover-coordinator: {error:#}");
+            }
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -4,7 +4,9 @@
 //! programs connect ([`transport`]), statuses with details ([`status`]), the text forms of messages ([`text`]) and how
 //! configuration files are read ([`config`]). Must never: know etcd, processes or placement.
 
+pub mod arguments;
 pub mod config;
+pub mod files;
 pub mod ids;
 pub mod limits;
 pub mod status;

@@ -108,7 +108,10 @@ impl Snapshot {
     }
 
     /// Claims of a node, by instance.
-    pub fn claims_of<'a>(&'a self, node: &'a str) -> impl Iterator<Item = (&'a String, &'a Arc<Stored<record::Claim>>)> + 'a {
+    pub fn claims_of<'a>(
+        &'a self,
+        node: &'a str,
+    ) -> impl Iterator<Item = (&'a String, &'a Arc<Stored<record::Claim>>)> + 'a {
         self.claims.iter().filter(move |(_, c)| c.value.node == node)
     }
 
@@ -117,7 +120,8 @@ impl Snapshot {
     pub fn reserved_bytes(&self, node: &str) -> i64 {
         let claimed: i64 = self.claims_of(node).map(|(_, c)| c.value.memory_bytes).sum();
         let unclaimed: i64 = self.nodes.get(node).map_or(0, |n| {
-            let free = n.value.unclaimed.iter().filter(|u| self.claims.get(&u.instance).is_none_or(|c| c.value.node != node));
+            let free =
+                n.value.unclaimed.iter().filter(|u| self.claims.get(&u.instance).is_none_or(|c| c.value.node != node));
             free.map(|u| u.memory_bytes).sum()
         });
         claimed + unclaimed

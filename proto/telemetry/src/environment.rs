@@ -19,6 +19,9 @@ pub enum Exporter {
 pub struct Limits {
     /// Spans in memory before they are in the spool (`OTEL_BSP_MAX_QUEUE_SIZE`, default 8192).
     pub queue_spans: usize,
+    /// When the queue is full and the disk takes nothing for this long, spans are given up (default 50 ms): until then the
+    /// code that makes them waits, at most four times as long.
+    pub stall: Duration,
     /// Spans of a batch (`OTEL_BSP_MAX_EXPORT_BATCH_SIZE`, default 512).
     pub batch_spans: usize,
     /// Bytes of a batch, as far as more than one span is concerned.
@@ -37,6 +40,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             queue_spans: 8192,
+            stall: Duration::from_millis(50),
             batch_spans: 512,
             batch_bytes: 512 << 10,
             linger: Duration::from_millis(200),

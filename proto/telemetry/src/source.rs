@@ -134,7 +134,7 @@ impl Source {
                 "an earlier life lost spans"
             );
         }
-        let queue = Arc::new(Queue::new(counters.clone(), limits.queue_spans));
+        let queue = Arc::new(Queue::new(counters.clone(), limits.queue_spans, limits.stall));
         let spool = Arc::new(Mutex::new(spool));
         let wake = Arc::new(Notify::new());
         let writer = std::thread::Builder::new().name("span-spool".to_owned()).spawn({
@@ -229,28 +229,19 @@ pub(crate) fn lock(spool: &Mutex<Spool>) -> MutexGuard<'_, Spool> {
     spool.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The writer's thread: takes the queue, encodes, appends, until the queue is closed and empty.
+/// The writer's thread: takes from the queue, encodes, appends, until the queue is closed and empty.
 fn write(queue: &Queue, spool: &Mutex<Spool>, wake: &Notify) {
-    let mut spare = Vec::new();
-    while let Some(Taken { mut spans, gap }) = queue.take(std::mem::take(&mut spare)) {
-        let last = gap.map(|(_, last)| last).or(spans.last().map(|(sequence, _)| *sequence));
-        let Some(last) = last else {
-            spare = spans;
-            continue;
-        };
-        let mut encoded = Vec::with_capacity(spans.len().min(CHUNK));
-        while !spans.is_empty() {
-            encoded.clear();
-            encoded.extend(spans.drain(..spans.len().min(CHUNK)).map(|(n, span)| (n, encode(n, span))));
-            append(&mut lock(spool), &encoded);
+    while let Some(Taken { spans, gap }) = queue.take(CHUNK) {
+        let encoded: Vec<_> = spans.into_iter().map(|(sequence, span)| (sequence, encode(sequence, span))).collect();
+        let mut spool = lock(spool);
+        append(&mut spool, &encoded);
+        if let Some((first, last)) = gap {
+            spool.give_up(GivenUp { first, last, spans: last + 1 - first, reason: Reason::QueueFull });
+        }
+        drop(spool);
+        if !encoded.is_empty() {
             wake.notify_one();
         }
-        if let Some((first, last)) = gap {
-            let range = GivenUp { first, last, spans: last + 1 - first, reason: Reason::QueueFull };
-            lock(spool).give_up(range);
-        }
-        queue.set_written(last);
-        spare = spans;
     }
     if let Err(error) = lock(spool).end() {
         tracing::warn!(%error, "the span spool could not be synced");
@@ -258,7 +249,8 @@ fn write(queue: &Queue, spool: &Mutex<Spool>, wake: &Notify) {
     wake.notify_one();
 }
 
-/// Spans that are encoded before they are written: few, so that little is in memory when the process is killed.
+/// Spans that are taken and written at once: few, so that traced code that waits for a place soon gets one, and so that
+/// little is in memory when the process is killed.
 const CHUNK: usize = 64;
 
 fn append(spool: &mut Spool, mut spans: &[(u64, Vec<u8>)]) {

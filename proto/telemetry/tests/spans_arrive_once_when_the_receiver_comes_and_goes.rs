@@ -53,6 +53,7 @@ async fn nothing_is_freed_before_it_is_acknowledged_and_the_next_life_sends_the_
     collector.answer_next(std::iter::repeat_n(Answer::Unavailable(None), 1000));
     let (source, provider) = open(directory.path(), quick());
     spans(&provider, 120);
+    assert!(source.flush(DEADLINE));
     source.start_export(sink(&collector));
     collector.wait_for_attempts(3, DEADLINE).await.unwrap();
     let held = tokio::task::spawn_blocking({

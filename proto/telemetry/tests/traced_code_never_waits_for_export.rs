@@ -48,10 +48,11 @@ async fn a_span_costs_little_even_while_the_receiver_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_burst_that_outruns_every_queue_arrives_or_is_counted_to_the_last_span() {
+async fn a_burst_that_outruns_every_queue_arrives_to_the_last_span() {
     let directory = tempfile::tempdir().unwrap();
     let collector = Collector::start().await.unwrap();
-    let limits = drover_telemetry::Limits { queue_spans: 1000, batch_spans: 512, ..quick() };
+    // On a machine that is busy with other things the writer may not get its turn for long.
+    let limits = drover_telemetry::Limits { queue_spans: 1000, batch_spans: 512, stall: DEADLINE, ..quick() };
     let (source, provider) = open(directory.path(), limits);
     source.start_export(sink(&collector));
     let threads: Vec<_> = (0..4)
@@ -64,11 +65,6 @@ async fn a_burst_that_outruns_every_queue_arrives_or_is_counted_to_the_last_span
         tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();
     }
     let last = source.shutdown(DEADLINE).await;
-    println!("{last:?}");
-    assert_eq!(last.highest_sequence, 50_000);
-    assert_eq!(last.acknowledged + last.given_up, 50_000);
-    let mut numbers = sequences(&collector.spans(), &last.epoch);
-    assert_eq!(numbers.len() as u64, last.acknowledged);
-    numbers.dedup();
-    assert!(numbers.is_sorted() && numbers.len() as u64 == last.acknowledged, "in order, none twice");
+    assert_eq!((last.highest_sequence, last.acknowledged, last.given_up), (50_000, 50_000, 0));
+    assert_eq!(sequences(&collector.spans(), &last.epoch), (1..=50_000).collect::<Vec<_>>(), "in order, none twice");
 }

@@ -1,0 +1,109 @@
+//! PURE. Records of the store as messages of the API.
+
+use crate::plan::snapshot::{Snapshot, Stored};
+use drover_proto::{
+    limits::defaults,
+    store::v1 as record,
+    v1::{self, InstanceState},
+};
+use prost_types::Timestamp;
+
+/// A deployment; `unplaced` says why some instance of it finds no node.
+pub(super) fn deployment(
+    snapshot: &Snapshot,
+    stored: &record::Deployment,
+    unplaced: Option<&String>,
+) -> v1::Deployment {
+    let name = stored.spec.as_ref().map_or("", |s| s.name.as_str());
+    let wanted: Vec<_> = snapshot.instances_of(name).filter(|(_, i)| i.value.wanted).collect();
+    let count =
+        |f: &dyn Fn(&str) -> bool| i32::try_from(wanted.iter().filter(|(id, _)| f(id)).count()).unwrap_or(i32::MAX);
+    let ready = count(&|id| snapshot.state(id) == InstanceState::Ready);
+    v1::Deployment {
+        spec: stored.spec.clone(),
+        generation: stored.generation,
+        revision: stored.revision,
+        replicas: stored.replicas,
+        ready_replicas: ready,
+        claimed_replicas: count(&|id| snapshot.claims.contains_key(id)),
+        deleting: stored.deleting,
+        created_at: stored.created_at,
+        updated_at: stored.updated_at,
+        message: deployment_message(snapshot, stored, name, ready, unplaced),
+    }
+}
+
+fn deployment_message(
+    snapshot: &Snapshot,
+    stored: &record::Deployment,
+    name: &str,
+    ready: i32,
+    unplaced: Option<&String>,
+) -> String {
+    if stored.deleting {
+        return format!("being deleted; {} instances left", snapshot.instances_of(name).count());
+    }
+    if let Some(why) = unplaced {
+        return format!("no node can take an instance: {why}");
+    }
+    let failed =
+        snapshot.instances_of(name).find(|(id, i)| i.value.wanted && snapshot.state(id) == InstanceState::Failed);
+    if let Some((id, _)) = failed {
+        let why = snapshot.statuses.get(id).map(|s| s.value.message.clone()).unwrap_or_default();
+        return format!("{id} failed: {why}");
+    }
+    if ready < stored.replicas { format!("{ready} of {} ready", stored.replicas) } else { String::new() }
+}
+
+/// An instance.
+pub(super) fn instance(snapshot: &Snapshot, id: &str, stored: &Stored<record::Instance>) -> v1::Instance {
+    let spec = snapshot.spec_of(&stored.value);
+    let token = snapshot.token(id);
+    let status = snapshot.statuses.get(id).map(|s| &s.value).filter(|s| s.token == token && token.is_some());
+    let model = spec.map(|s| if s.model.is_empty() { s.name.clone() } else { s.model.clone() });
+    let message = match status {
+        Some(s) => s.message.clone(),
+        None => waiting_for(snapshot, id, &stored.value),
+    };
+    v1::Instance {
+        id: id.to_owned(),
+        deployment: stored.value.deployment.clone(),
+        model: model.unwrap_or_default(),
+        revision: stored.value.revision,
+        state: snapshot.state(id).into(),
+        node: snapshot.claims.get(id).map(|c| c.value.node.clone()).unwrap_or_default(),
+        token,
+        pid: status.map_or(0, |s| s.pid),
+        restarts: status.map_or(0, |s| s.restarts),
+        slots: spec.and_then(|s| s.slots).unwrap_or(defaults::SLOTS),
+        since: status.and_then(|s| s.since).or(stored.value.created_at),
+        message,
+        wanted: stored.value.wanted,
+    }
+}
+
+fn waiting_for(snapshot: &Snapshot, id: &str, stored: &record::Instance) -> String {
+    match (&stored.offer, snapshot.claims.contains_key(id)) {
+        (_, true) => String::new(),
+        (None, false) => "no node can take it".to_owned(),
+        (Some(offer), false) => format!("offered to {}", offer.candidates.join(", ")),
+    }
+}
+
+/// A node.
+pub(super) fn node(snapshot: &Snapshot, name: &str, stored: &Stored<record::Node>) -> v1::Node {
+    let session = snapshot.sessions.get(name);
+    let since: Option<Timestamp> = session.and_then(|s| s.value.opened_at).or(stored.value.joined_at);
+    v1::Node {
+        name: name.to_owned(),
+        connected: session.is_some(),
+        labels: stored.value.labels.clone(),
+        capacity: stored.value.capacity.clone(),
+        reserved_bytes: snapshot.reserved_bytes(name),
+        instances: i32::try_from(snapshot.claims_of(name).count()).unwrap_or(i32::MAX),
+        agent_version: stored.value.agent_version.clone(),
+        proxy_address: stored.value.proxy_address.clone(),
+        since,
+        message: if session.is_some() { String::new() } else { "no session: its lease ran out".to_owned() },
+    }
+}

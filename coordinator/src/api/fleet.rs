@@ -1,0 +1,180 @@
+//! `FleetService`.
+
+use super::{
+    convert,
+    deployments::{self, Deployments},
+    events, logs, page,
+};
+use crate::{
+    control::{events::Events, view::View},
+    plan::snapshot::Snapshot,
+    store::Store,
+};
+use drover_proto::{
+    ids,
+    status::{invalid_field, reason, with_reason},
+    v1::{self, fleet_service_server::FleetService},
+};
+use futures::stream::BoxStream;
+use std::{collections::BTreeMap, sync::Arc};
+use tokio::sync::watch;
+use tonic::{Code, Request, Response, Status};
+use tracing::Instrument as _;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Fleet {
+    store: Store,
+    view: View,
+    deployments: Deployments,
+    unplaced: watch::Receiver<BTreeMap<String, String>>,
+    proxies: crate::gateway::ProxyClient,
+}
+
+impl Fleet {
+    /// The service over these parts.
+    #[must_use]
+    pub fn new(
+        store: Store,
+        view: View,
+        events: Events,
+        unplaced: watch::Receiver<BTreeMap<String, String>>,
+        proxies: crate::gateway::ProxyClient,
+    ) -> Self {
+        let deployments = Deployments { store: store.clone(), view: view.clone(), events };
+        Self { store, view, deployments, unplaced, proxies }
+    }
+
+    fn snapshot(&self) -> Result<Arc<Snapshot>, Status> {
+        let snapshot = self.view.snapshot();
+        if snapshot.revision == 0 {
+            let what = "this coordinator has not read the store yet: try again, or ask another one";
+            return Err(with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, what));
+        }
+        Ok(snapshot)
+    }
+
+    fn show(&self, snapshot: &Snapshot, stored: &drover_proto::store::v1::Deployment) -> v1::Deployment {
+        let name = stored.spec.as_ref().map_or("", |s| s.name.as_str());
+        convert::deployment(snapshot, stored, self.unplaced.borrow().get(name))
+    }
+}
+
+/// A span for a call that changes something, continuing the caller's trace.
+macro_rules! call_span {
+    ($request:expr, $name:literal) => {{
+        let span = tracing::info_span!($name);
+        drover_telemetry::context::set_parent(&span, &drover_telemetry::context::extract_metadata($request.metadata()));
+        span
+    }};
+}
+
+#[tonic::async_trait]
+impl FleetService for Fleet {
+    async fn apply_deployment(
+        &self,
+        request: Request<v1::ApplyDeploymentRequest>,
+    ) -> Result<Response<v1::ApplyDeploymentResponse>, Status> {
+        let span = call_span!(request, "fleet.apply_deployment");
+        let (stored, changed) = self.deployments.apply(request.into_inner()).instrument(span).await?;
+        let deployment = Some(self.show(&self.view.snapshot(), &stored));
+        Ok(Response::new(v1::ApplyDeploymentResponse { deployment, changed }))
+    }
+
+    async fn get_deployment(
+        &self,
+        request: Request<v1::GetDeploymentRequest>,
+    ) -> Result<Response<v1::GetDeploymentResponse>, Status> {
+        let snapshot = self.snapshot()?;
+        let stored = deployments::find(&snapshot, &request.into_inner().name)?;
+        Ok(Response::new(v1::GetDeploymentResponse { deployment: Some(self.show(&snapshot, stored)) }))
+    }
+
+    async fn list_deployments(
+        &self,
+        request: Request<v1::ListDeploymentsRequest>,
+    ) -> Result<Response<v1::ListDeploymentsResponse>, Status> {
+        let (request, snapshot) = (request.into_inner(), self.snapshot()?);
+        let (page, next_page_token) = page::cut(snapshot.deployments.iter(), request.page_size, &request.page_token)?;
+        let deployments = page.into_iter().map(|(_, d)| self.show(&snapshot, &d.value)).collect();
+        Ok(Response::new(v1::ListDeploymentsResponse { deployments, next_page_token }))
+    }
+
+    async fn scale_deployment(
+        &self,
+        request: Request<v1::ScaleDeploymentRequest>,
+    ) -> Result<Response<v1::ScaleDeploymentResponse>, Status> {
+        let span = call_span!(request, "fleet.scale_deployment");
+        let stored = self.deployments.scale(request.into_inner()).instrument(span).await?;
+        let deployment = Some(self.show(&self.view.snapshot(), &stored));
+        Ok(Response::new(v1::ScaleDeploymentResponse { deployment }))
+    }
+
+    async fn delete_deployment(
+        &self,
+        request: Request<v1::DeleteDeploymentRequest>,
+    ) -> Result<Response<v1::DeleteDeploymentResponse>, Status> {
+        let span = call_span!(request, "fleet.delete_deployment");
+        let stored = self.deployments.delete(request.into_inner()).instrument(span).await?;
+        let deployment = Some(self.show(&self.view.snapshot(), &stored));
+        Ok(Response::new(v1::DeleteDeploymentResponse { deployment }))
+    }
+
+    async fn list_instances(
+        &self,
+        request: Request<v1::ListInstancesRequest>,
+    ) -> Result<Response<v1::ListInstancesResponse>, Status> {
+        let (request, snapshot) = (request.into_inner(), self.snapshot()?);
+        let owner = |id: &String| snapshot.claims.get(id).map_or("", |c| c.value.node.as_str());
+        let chosen = snapshot.instances.iter().filter(|(id, i)| {
+            (request.deployment.is_empty() || i.value.deployment == request.deployment)
+                && (request.node.is_empty() || owner(id) == request.node)
+        });
+        let (page, next_page_token) = page::cut(chosen, request.page_size, &request.page_token)?;
+        let instances = page.into_iter().map(|(id, i)| convert::instance(&snapshot, id, i)).collect();
+        Ok(Response::new(v1::ListInstancesResponse { instances, next_page_token }))
+    }
+
+    async fn get_instance(
+        &self,
+        request: Request<v1::GetInstanceRequest>,
+    ) -> Result<Response<v1::GetInstanceResponse>, Status> {
+        let (id, snapshot) = (request.into_inner().id, self.snapshot()?);
+        ids::check_instance_id(&id).map_err(|e| invalid_field("id", e.to_string()))?;
+        let stored = snapshot.instances.get(&id).ok_or_else(|| no_instance(&id))?;
+        Ok(Response::new(v1::GetInstanceResponse { instance: Some(convert::instance(&snapshot, &id, stored)) }))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let (request, snapshot) = (request.into_inner(), self.snapshot()?);
+        let (page, next_page_token) = page::cut(snapshot.nodes.iter(), request.page_size, &request.page_token)?;
+        let nodes = page.into_iter().map(|(name, n)| convert::node(&snapshot, name, n)).collect();
+        Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token }))
+    }
+
+    type WatchEventsStream = BoxStream<'static, Result<v1::WatchEventsResponse, Status>>;
+
+    async fn watch_events(
+        &self,
+        request: Request<v1::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        Ok(Response::new(events::watch(self.store.clone(), request.into_inner()).await?))
+    }
+
+    type StreamLogsStream = BoxStream<'static, Result<v1::StreamLogsResponse, Status>>;
+
+    async fn stream_logs(
+        &self,
+        request: Request<v1::StreamLogsRequest>,
+    ) -> Result<Response<Self::StreamLogsStream>, Status> {
+        let snapshot = self.snapshot()?;
+        Ok(Response::new(logs::stream(&snapshot, &self.proxies, request.into_inner()).await?))
+    }
+}
+
+pub(super) fn no_instance(id: &str) -> Status {
+    with_reason(Code::NotFound, reason::NOT_FOUND, format!("there is no instance {id}"))
+}

@@ -1,0 +1,13 @@
+//! The gRPC services: check, call, answer. Decisions are made elsewhere.
+
+mod convert;
+mod deployments;
+mod events;
+mod fleet;
+mod logs;
+mod node;
+mod page;
+mod validate;
+
+pub use fleet::Fleet;
+pub use node::Node;

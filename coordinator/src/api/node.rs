@@ -1,0 +1,60 @@
+//! `NodeService`: for agents only; the node's name is that of the connection.
+
+use crate::control::{
+    claims::{self, Claims},
+    sessions::Sessions,
+    store_status,
+};
+use drover_proto::{
+    ids,
+    status::{invalid_field, reason, with_reason},
+    transport::Peer,
+    v1::{self, node_service_server::NodeService},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+use tracing::Instrument as _;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Node {
+    sessions: Sessions,
+    claims: Claims,
+}
+
+impl Node {
+    /// The service over these parts.
+    #[must_use]
+    pub fn new(sessions: Sessions, claims: Claims) -> Self {
+        Self { sessions, claims }
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for Node {
+    type SessionStream = ReceiverStream<Result<v1::SessionResponse, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let node = Peer::node_of(&request)?;
+        Ok(Response::new(self.sessions.serve(node, request.into_inner()).await?))
+    }
+
+    async fn claim(&self, request: Request<v1::ClaimRequest>) -> Result<Response<v1::ClaimResponse>, Status> {
+        let node = Peer::node_of(&request)?;
+        let span = tracing::info_span!("node.claim", node, instance = request.get_ref().instance);
+        drover_telemetry::context::set_parent(&span, &drover_telemetry::context::extract_metadata(request.metadata()));
+        let request = request.into_inner();
+        ids::check_instance_id(&request.instance).map_err(|e| invalid_field("instance", e.to_string()))?;
+        let claimed = self.claims.claim(&node, &request).instrument(span).await;
+        claimed.map(Response::new).map_err(|error| match error {
+            claims::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, reason, message),
+            claims::Error::Behind(behind) => {
+                with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, behind.to_string())
+            }
+            claims::Error::Store(error) => store_status(error),
+        })
+    }
+}

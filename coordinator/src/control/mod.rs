@@ -1,0 +1,17 @@
+//! Control: what a coordinator does on its own account, above the store and below the API.
+//!
+//! Owns: the watched view of the store ([`view`]), the election ([`leader`]), the cycle observe → plan → commit
+//! ([`cycle`]), agents' sessions ([`sessions`]) and their claims ([`claims`]), what owners report ([`status`]), and the
+//! record of what happened ([`events`]).
+
+pub mod claims;
+pub mod clock;
+pub mod cycle;
+pub mod events;
+pub mod leader;
+pub mod mutant;
+pub mod sessions;
+pub mod status;
+pub mod view;
+
+pub(crate) use sessions::store_status;

@@ -1,0 +1,345 @@
+//! The stream of a session: reads what the agent says, tells it what it owns and may claim.
+
+use super::{
+    Settings,
+    open::{self, Opened},
+    outbox::Outbox,
+};
+use crate::{
+    audit::Audit,
+    control::{clock, events::Events, status::Statuses, view::View},
+    store::{self, Compare, Store, Txn, keys, records},
+};
+use drover_proto::{
+    ids,
+    status::{reason, with_reason},
+    store::v1 as record,
+    v1::{
+        Heartbeat, HeartbeatAck, Hello, NodeEvent, SessionRequest, SessionResponse, Severity, StatusAck, StatusReport,
+        Welcome, session_request, session_response::Message,
+    },
+};
+use std::{collections::BTreeMap, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+
+/// Longest wait for an agent's first message.
+const HELLO: Duration = Duration::from_secs(5);
+/// Longest wait for the view to see a session that was just written.
+const CATCH_UP: Duration = Duration::from_secs(5);
+/// Messages on their way to an agent; a slow agent slows only its own stream.
+const OUTBOUND: usize = 64;
+/// Reports that wait to be recorded.
+const REPORTS: usize = 1024;
+
+type Answers = mpsc::Sender<Result<SessionResponse, Status>>;
+
+/// Serves sessions.
+#[derive(Debug, Clone)]
+pub struct Sessions {
+    /// For everything but renewals.
+    pub store: Store,
+    /// For renewals alone: a connection of their own.
+    pub renewals: Store,
+    /// The view.
+    pub view: View,
+    /// Events.
+    pub events: Events,
+    /// What owners report.
+    pub statuses: Statuses,
+    /// Checkpoints of span sources.
+    pub audit: Audit,
+    /// Settings.
+    pub settings: Settings,
+    /// Ends all streams: this coordinator goes away, agents move to another.
+    pub stop: CancellationToken,
+}
+
+impl Sessions {
+    /// Opens or resumes the session of `node` and serves it until the stream ends.
+    #[allow(clippy::result_large_err)] // tonic's own type
+    pub async fn serve(
+        &self,
+        node: String,
+        mut inbound: Streaming<SessionRequest>,
+    ) -> Result<ReceiverStream<Result<SessionResponse, Status>>, Status> {
+        let first = tokio::time::timeout(HELLO, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no Hello came within 5 s"))??;
+        let Some(SessionRequest { message: Some(session_request::Message::Hello(hello)) }) = first else {
+            return Err(Status::invalid_argument("the first message of a session must be Hello"));
+        };
+        let protocol = open::protocol(&hello).map_err(status_of)?;
+        let opened = open::open(&self.store, &self.view, &self.settings, &node, &hello).await.map_err(status_of)?;
+        let (answers, stream) = mpsc::channel(OUTBOUND);
+        let mut outbox = Outbox::new(hello.runs.clone());
+        let welcome = self.welcome(&node, protocol, &opened, &mut outbox).await?;
+        // The channel is empty and its receiver is in hand.
+        let _ = answers.try_send(Ok(welcome));
+        self.tell_joined(&node, &hello, &opened);
+        let session = self.clone();
+        tokio::spawn(async move { session.run(node, opened, inbound, outbox, answers).await });
+        Ok(ReceiverStream::new(stream))
+    }
+
+    #[allow(clippy::result_large_err)] // tonic's own type
+    async fn welcome(
+        &self,
+        node: &str,
+        protocol: u32,
+        opened: &Opened,
+        outbox: &mut Outbox,
+    ) -> Result<SessionResponse, Status> {
+        // The view at the bump's revision or later shows every claim that this session can still have.
+        let snapshot = self
+            .view
+            .at_least(opened.revision, CATCH_UP)
+            .await
+            .map_err(|e| with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, e.to_string()))?;
+        let cluster_id = self.store.cluster_id().await.map_err(store_status)?;
+        Ok(SessionResponse {
+            message: Some(Message::Welcome(Welcome {
+                protocol,
+                session_id: opened.session_id.clone(),
+                session_revision: opened.revision,
+                ttl_ms: ms(self.settings.ttl),
+                heartbeat_interval_ms: ms(self.settings.heartbeat_interval),
+                store_generation: snapshot.generation(),
+                cluster_id,
+                claims: Some(outbox.claim_set(&snapshot, node)),
+                resumed: opened.resumed,
+                coordinator: self.settings.coordinator.clone(),
+            })),
+        })
+    }
+
+    fn tell_joined(&self, node: &str, hello: &Hello, opened: &Opened) {
+        let (reason, how) =
+            if opened.resumed { ("Resumed", "resumed its session") } else { ("Joined", "opened a session") };
+        let message = format!("agent {} {how}, {} runs on record", hello.agent_version, hello.runs.len());
+        self.events.record(format!("node/{node}"), reason, Severity::Info, message);
+    }
+
+    async fn run(
+        self,
+        node: String,
+        opened: Opened,
+        mut inbound: Streaming<SessionRequest>,
+        mut outbox: Outbox,
+        answers: Answers,
+    ) {
+        let (beats, heartbeats) = mpsc::channel(4);
+        let (reports, reported) = mpsc::channel(REPORTS);
+        let (closed, mut ended) = mpsc::channel(REPORTS);
+        let renew = renew(self.renewals.clone(), opened.lease, heartbeats, answers.clone());
+        let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone(), closed);
+        let mut snapshots = self.view.subscribe();
+        let talk = async {
+            loop {
+                let due = {
+                    let snapshot = snapshots.borrow_and_update().clone();
+                    if let Err(gone) = still_ours(&snapshot, &node, &opened) {
+                        let _ = answers.send(Err(gone)).await;
+                        return;
+                    }
+                    outbox.due(&snapshot, &node, clock::now_ms())
+                };
+                for message in due {
+                    if answers.send(Ok(message)).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    changed = snapshots.changed() => if changed.is_err() { return },
+                    Some(instance) = ended.recv() => {
+                        outbox.ended(&instance);
+                        let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
+                        if let Err(error) = self.rewrite_node(&node, |n| n.unclaimed = unclaimed.clone()).await {
+                            tracing::warn!(%error, node, "the node's unclaimed runs were not recorded");
+                        }
+                    }
+                    message = inbound.message() => match message {
+                        Ok(Some(message)) => self.take(&node, message, &beats, &reports).await,
+                        Ok(None) | Err(_) => return,
+                    },
+                }
+            }
+        };
+        tokio::select! {
+            () = async { tokio::join!(renew, record); } => {}
+            () = talk => {}
+            () = self.stop.cancelled() => {
+                let away = with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "this coordinator is shutting down");
+                let _ = answers.try_send(Err(away));
+            }
+        }
+        tracing::debug!(node, "a session's stream has ended; its lease goes on until it runs out or is resumed");
+    }
+
+    async fn take(
+        &self,
+        node: &str,
+        message: SessionRequest,
+        beats: &mpsc::Sender<Heartbeat>,
+        reports: &mpsc::Sender<StatusReport>,
+    ) {
+        match message.message {
+            // A heartbeat that finds the queue full is answered by those before it.
+            Some(session_request::Message::Heartbeat(beat)) => drop(beats.try_send(beat)),
+            Some(session_request::Message::Status(report)) => {
+                let _ = reports.send(report).await;
+            }
+            Some(session_request::Message::Event(event)) => self.node_event(node, event),
+            Some(session_request::Message::Checkpoint(checkpoint)) => self.audit.checkpoint(node, checkpoint),
+            Some(session_request::Message::Models(models)) => {
+                if let Err(error) = self.rewrite_node(node, |n| n.models = Some(models.clone())).await {
+                    tracing::warn!(%error, node, "the node's model files were not recorded");
+                }
+            }
+            Some(session_request::Message::Hello(_)) | None => {
+                tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
+            }
+        }
+    }
+
+    fn node_event(&self, node: &str, event: NodeEvent) {
+        let about_instance = ids::check_instance_id(&event.instance).is_ok();
+        let object = if about_instance { format!("instance/{}", event.instance) } else { format!("node/{node}") };
+        let reason: String = event.reason.chars().filter(char::is_ascii_alphanumeric).take(48).collect();
+        let severity = event.severity();
+        let message: String = event.message.chars().take(2000).collect();
+        self.events.record_from(format!("node/{node}"), object, &reason, severity, message);
+    }
+
+    /// Changes the node's record; done again when somebody else changed it meanwhile.
+    async fn rewrite_node(&self, node: &str, change: impl Fn(&mut record::Node)) -> Result<(), store::Error> {
+        for _ in 0..3 {
+            let Some(stored) = self.store.get(&keys::node(node)).await? else { return Ok(()) };
+            let mut value = records::decode::<record::Node>(&stored)?;
+            let before = value.clone();
+            change(&mut value);
+            if value == before {
+                return Ok(());
+            }
+            let txn = Txn {
+                compare: vec![Compare::ModRevision(keys::node(node), stored.mod_revision)],
+                then: vec![records::put(keys::node(node), &value, 0)],
+                otherwise: vec![],
+            };
+            if self.store.txn(txn).await?.succeeded {
+                return Ok(());
+            }
+        }
+        Err(store::Error::Unavailable("the record was changed by others three times in a row".to_owned()))
+    }
+}
+
+/// The stream goes on while its session stands and no other coordinator serves it.
+#[allow(clippy::result_large_err)] // tonic's own type
+fn still_ours(snapshot: &crate::plan::snapshot::Snapshot, node: &str, opened: &Opened) -> Result<(), Status> {
+    let moved = |why: String| Err(with_reason(Code::Aborted, reason::SESSION_MOVED, why));
+    match snapshot.sessions.get(node) {
+        _ if snapshot.revision < opened.revision => Ok(()),
+        Some(s) if s.value.session_id == opened.session_id => Ok(()),
+        Some(_) => moved(format!("{node} has opened another session")),
+        None => moved(format!("the session of {node} has ended: its lease ran out")),
+    }
+}
+
+/// Renews the lease for each heartbeat, and acknowledges it after the store's answer.
+async fn renew(store: Store, lease: i64, mut heartbeats: mpsc::Receiver<Heartbeat>, answers: Answers) {
+    while let Some(beat) = heartbeats.recv().await {
+        match store.renew(lease).await {
+            Ok(ttl) => {
+                let ack = HeartbeatAck { sequence: beat.sequence, ttl_ms: ms(ttl) };
+                let _ = answers.send(Ok(SessionResponse { message: Some(Message::HeartbeatAck(ack)) })).await;
+            }
+            Err(store::Error::LeaseGone) => {
+                let gone = with_reason(Code::Aborted, reason::SESSION_MOVED, "the session's lease has run out");
+                let _ = answers.send(Err(gone)).await;
+                return;
+            }
+            // Not acknowledged: the agent counts its time from the last one that was.
+            Err(error) => tracing::warn!(%error, "a session's lease was not renewed"),
+        }
+    }
+}
+
+/// Records reports: of several for one instance that have queued up, the last one; those of different instances together.
+async fn record_reports(
+    statuses: Statuses,
+    node: String,
+    mut reported: mpsc::Receiver<StatusReport>,
+    answers: Answers,
+    closed: mpsc::Sender<String>,
+) {
+    let mut batch = Vec::new();
+    while reported.recv_many(&mut batch, 64).await > 0 {
+        let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
+        futures::future::join_all(latest.into_values().map(|report| {
+            let (statuses, node, answers, closed) = (&statuses, &node, &answers, &closed);
+            async move {
+                let span = tracing::info_span!(
+                    "status.record",
+                    instance = report.instance,
+                    state = report.state().as_str_name()
+                );
+                drover_telemetry::context::set_parent(&span, &report.traceparent);
+                let recorded = tracing::Instrument::instrument(statuses.record(node, &report), span).await;
+                match recorded {
+                    Ok(accepted) => {
+                        if report.state() == drover_proto::v1::InstanceState::Stopped {
+                            let _ = closed.send(report.instance.clone()).await;
+                        }
+                        let ack = StatusAck {
+                            instance: report.instance.clone(),
+                            token: report.token,
+                            accepted,
+                            state: report.state,
+                        };
+                        let _ = answers.send(Ok(SessionResponse { message: Some(Message::StatusAck(ack)) })).await;
+                    }
+                    // Not acknowledged: the agent reports it again.
+                    Err(error) => tracing::warn!(%error, instance = report.instance, "a report was not recorded"),
+                }
+            }
+        }))
+        .await;
+    }
+}
+
+fn ms(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn status_of(error: open::Error) -> Status {
+    match error {
+        open::Error::Refused { reason: why @ (reason::INVALID_FIELD | reason::PROTOCOL_MISMATCH), message } => {
+            with_reason(Code::InvalidArgument, why, message)
+        }
+        open::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, reason, message),
+        open::Error::Store(store::Error::LeaseGone) => {
+            with_reason(Code::FailedPrecondition, reason::SESSION_EXISTS, "the session is just ending: open a new one")
+        }
+        open::Error::Store(error) => store_status(error),
+    }
+}
+
+/// A store's error as a status.
+#[must_use]
+pub(crate) fn store_status(error: store::Error) -> Status {
+    use store::Error as E;
+    match error {
+        E::OutcomeUnknown(_) => with_reason(Code::Unknown, reason::OUTCOME_UNKNOWN, error.to_string()),
+        E::NoSpace(_) => with_reason(Code::ResourceExhausted, reason::STORE_UNAVAILABLE, error.to_string()),
+        E::Rejected(_) | E::Corrupt { .. } => {
+            tracing::error!(%error, "the store");
+            with_reason(Code::Internal, reason::STORE_UNAVAILABLE, error.to_string())
+        }
+        E::Unavailable(_) | E::LeaseGone | E::Compacted(_) => {
+            with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, error.to_string())
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Drover's coordinator. Any number of equal replicas serve the API, agent sessions, OTLP and the gateway; one of them,
+//! elected through the store, reconciles.
+//!
+//! Arrows go down only: [`api`] → [`control`] → [`plan`], [`store`]. Nothing under [`plan`] does I/O.
+
+pub mod api;
+pub mod audit;
+pub mod config;
+pub mod control;
+pub mod gateway;
+pub mod plan;
+pub mod serve;
+pub mod store;
+pub mod web;

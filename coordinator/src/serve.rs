@@ -1,0 +1,219 @@
+//! Builds the coordinator from its parts and serves until a signal.
+
+use crate::{
+    api,
+    audit::{self, Audit},
+    config::{Config, StoreKind},
+    control::{claims::Claims, cycle::Cycle, events::Events, leader, sessions, status::Statuses, view::View},
+    gateway::Gateway,
+    plan,
+    store::{Store, etcd, keys, memory, schema},
+    web,
+};
+use anyhow::Context as _;
+use drover_proto::{
+    DESCRIPTORS, VERSION,
+    transport::{self, Admit, Security},
+    v1::{fleet_service_server::FleetServiceServer, node_service_server::NodeServiceServer},
+};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{codec::CompressionEncoding, service::interceptor::InterceptedService};
+
+/// Longest time that requests in flight are waited for after a signal.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Longest time that spans are exported for at the end.
+const FLUSH: Duration = Duration::from_secs(3);
+
+/// Runs a coordinator until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let security = config.security()?;
+    security.check_listener("grpc_listen", config.grpc_listen)?;
+    security.check_listener("http_listen", config.http_listen)?;
+    let telemetry = drover_telemetry::init(drover_telemetry::Settings {
+        program: "drover-coordinator",
+        instance: config.id.clone(),
+        spool_dir: config.data_dir.join("spans"),
+        log_filter: config.log_filter.clone(),
+        log_json: config.log_json,
+        spool_bytes_max: config.spool_bytes_max,
+    })
+    .context("telemetry")?;
+    // Bound before any work, so that a port that is taken costs nothing.
+    let grpc =
+        TcpListener::bind(config.grpc_listen).await.with_context(|| format!("grpc_listen = {}", config.grpc_listen))?;
+    let http =
+        TcpListener::bind(config.http_listen).await.with_context(|| format!("http_listen = {}", config.http_listen))?;
+    let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
+    let (store, renewals) = open_store(&config).await?;
+
+    let stop = CancellationToken::new();
+    let audit = Audit::new(audit::Settings::from_env().context("the trace backend's settings")?);
+    telemetry.start_export(audit.local_sink());
+    let view = View::start(store.clone(), stop.clone());
+    let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
+    let (leadership, lead_given_back) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
+    let (tell_unplaced, unplaced) = watch::channel(BTreeMap::new());
+    tokio::spawn(cycle(&config, &store, &view, &events, tell_unplaced).run(leadership, stop.clone()));
+
+    let gateway = Gateway::new(config.gateway.clone(), http_address, &security, view.subscribe());
+    let statuses = Statuses::new(store.clone(), view.clone(), events.clone());
+    let sessions = sessions::Sessions {
+        store: store.clone(),
+        renewals,
+        view: view.clone(),
+        events: events.clone(),
+        statuses,
+        audit: audit.clone(),
+        settings: sessions::Settings {
+            coordinator: config.id.clone(),
+            ttl: Duration::from_millis(config.session_ttl_ms),
+            heartbeat_interval: Duration::from_millis(config.heartbeat_interval_ms),
+        },
+        stop: stop.clone(),
+    };
+    let node = api::Node::new(sessions, Claims::new(store.clone(), view.clone(), events.clone()));
+    let fleet = api::Fleet::new(store.clone(), view.clone(), events.clone(), unplaced, gateway.proxies());
+    let grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
+    let probe = Arc::new(Probe { view: view.clone(), store, audit });
+    let router = web::router(&gateway, view.subscribe(), probe);
+    let http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
+
+    tracing::info!(version = VERSION, id = config.id, grpc = %grpc_address, http = %http_address, "serving");
+    if let Some(path) = &config.ready_file {
+        let addresses = serde_json::json!({ "grpc": grpc_address.to_string(), "http": http_address.to_string() });
+        drover_proto::files::write_atomically(path, addresses.to_string().as_bytes())
+            .with_context(|| format!("ready_file = {}", path.display()))?;
+    }
+    until_signal().await?;
+    tracing::info!("a signal asks for the end: draining");
+    stop.cancel();
+    let drained = async {
+        let _ = lead_given_back.await;
+        let _ = http_server.await;
+        let _ = grpc_server.await;
+        // The parts that hold the other handles have ended; what is queued is written.
+        drop(events);
+        let _ = events_written.await;
+    };
+    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+        tracing::warn!("not everything ended within {} s", DRAIN.as_secs());
+    }
+    telemetry.shutdown(FLUSH).await;
+    Ok(())
+}
+
+/// The store, and a second connection to it for renewals alone.
+async fn open_store(config: &Config) -> anyhow::Result<(Store, Store)> {
+    let (store, renewals): (Store, Store) = match config.store {
+        StoreKind::Memory => {
+            tracing::warn!("the store is this process's memory: nothing survives its end");
+            let store: Store = Arc::new(memory::Memory::start(rand::random()));
+            (store.clone(), store)
+        }
+        StoreKind::Etcd => {
+            let settings = etcd::Settings {
+                prefix: config.etcd_prefix.clone(),
+                ..etcd::Settings::new(config.etcd_endpoints.clone())
+            };
+            let connect = || async { etcd::Etcd::connect(settings.clone()).await };
+            (Arc::new(connect().await?), Arc::new(connect().await?))
+        }
+    };
+    let schema = schema::open(&store).await?;
+    tracing::info!(generation = schema.value.generation, format = schema.value.format, "the store is open");
+    Ok((store, renewals))
+}
+
+fn cycle(
+    config: &Config,
+    store: &Store,
+    view: &View,
+    events: &Events,
+    unplaced: watch::Sender<BTreeMap<String, String>>,
+) -> Cycle {
+    Cycle {
+        store: store.clone(),
+        view: view.clone(),
+        events: events.clone(),
+        settings: plan::Settings {
+            candidates: config.offer_candidates,
+            offer_deadline_ms: i64::try_from(config.offer_deadline_ms).unwrap_or(i64::MAX),
+            grace_ms: i64::try_from(config.session_ttl_ms).unwrap_or(i64::MAX),
+            revisions_kept: 10,
+        },
+        seed: rand::random(),
+        unplaced,
+    }
+}
+
+/// What `/readyz` and `/metrics` ask for.
+struct Probe {
+    view: View,
+    store: Store,
+    audit: Audit,
+}
+
+#[async_trait::async_trait]
+impl web::Probe for Probe {
+    async fn ready(&self) -> Result<(), String> {
+        if !self.view.live() {
+            return Err("the view of the store is stale: its watch is being made again".to_owned());
+        }
+        match self.store.get(keys::SCHEMA).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn spans_received(&self) -> u64 {
+        self.audit.counts().received
+    }
+}
+
+async fn serve_grpc(
+    listener: TcpListener,
+    security: &Security,
+    fleet: api::Fleet,
+    node: api::Node,
+    audit: Audit,
+    stop: CancellationToken,
+) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
+    let admit = Admit::new(security.clone());
+    let max = transport::MESSAGE_BYTES_MAX;
+    let fleet = FleetServiceServer::new(fleet).max_decoding_message_size(max);
+    let node = NodeServiceServer::new(node).max_decoding_message_size(max);
+    let traces = audit.service().max_decoding_message_size(max).accept_compressed(CompressionEncoding::Gzip);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<FleetServiceServer<api::Fleet>>().await;
+    health.set_serving::<NodeServiceServer<api::Node>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("reflection")?;
+    let router = transport::server()
+        .add_service(InterceptedService::new(fleet, admit.clone()))
+        .add_service(InterceptedService::new(node, admit.clone()))
+        .add_service(InterceptedService::new(traces, admit.clone()))
+        .add_service(InterceptedService::new(reflection, admit))
+        .add_service(health_service);
+    let incoming = TcpListenerStream::new(listener);
+    Ok(tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await }))
+}
+
+async fn until_signal() -> anyhow::Result<()> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! Benchmarks. Each measures the thing itself and its bare counterpart side by side in one run, and prints both.
+
+pub mod start;

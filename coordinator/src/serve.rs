@@ -79,7 +79,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stop: stop.clone(),
     };
     let node = api::Node::new(sessions, Claims::new(store.clone(), view.clone(), events.clone()));
-    let fleet = api::Fleet::new(store.clone(), view.clone(), events.clone(), unplaced, gateway.proxies());
+    let fleet = api::Fleet::new(store.clone(), view.clone(), events.clone(), unplaced, gateway.proxies(), stop.clone());
     let grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
     let probe = Arc::new(Probe { view: view.clone(), store, audit });
     let router = web::router(&gateway, view.subscribe(), probe);

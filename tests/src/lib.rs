@@ -3,9 +3,6 @@
 //! Owns: a whole fleet on one machine ([`cluster`]), its parts ([`etcd`], [`programs`]) and clients ([`gateway`]). Must
 //! never: look into the programs under test but through what they offer to everybody.
 
-#![allow(clippy::disallowed_methods, reason = "tests start programs, write files and read clocks")]
-#![allow(clippy::print_stderr, reason = "what a test says while it runs goes to its output")]
-
 pub mod cluster;
 pub mod collector;
 pub mod etcd;

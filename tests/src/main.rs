@@ -1,8 +1,5 @@
 //! Benchmarks of the real programs, run by `tests/run bench NAME`; prints figures, fails only when something did not work.
 
-#![allow(clippy::disallowed_methods, reason = "a benchmark starts programs and reads clocks")]
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "its figures are its output")]
-
 mod bench;
 
 use clap::{Parser, Subcommand};

@@ -4,8 +4,6 @@
 //! second owner. Half of the nodes claim by the offer; the other half re-claim, where nothing but the comparison of the
 //! claim's own key stands between two owners. With that comparison taken out the judge must see it.
 
-#![allow(clippy::disallowed_methods, reason = "a test starts programs")]
-
 use anyhow::{Context as _, bail, ensure};
 use drover_proto::{
     status,

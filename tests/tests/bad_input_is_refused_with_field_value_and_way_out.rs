@@ -1,7 +1,5 @@
 //! Each kind of bad input gets one clear error and changes nothing: API, gateway, command, configuration files.
 
-#![allow(clippy::disallowed_methods, reason = "a test starts programs")]
-
 use bytes::Bytes;
 use drover_proto::{
     status::{self, reason},

@@ -1,7 +1,5 @@
 //! Two coordinators, two agents and five llama-servers answer the openai package and a generated Python client.
 
-#![allow(clippy::disallowed_methods, reason = "a test starts programs")]
-
 use drover_proto::v1::DeploymentSpec;
 use drover_tests::cluster::{Cluster, Plan};
 use std::{collections::BTreeSet, path::Path, process::Command};

@@ -10,7 +10,6 @@ use serde_json::json;
 use std::process::Command;
 
 /// All keys of the store, without the bounded rings of events that outlive a deployment.
-#[allow(clippy::disallowed_methods, reason = "a test starts programs")]
 fn keys(cluster: &Cluster) -> Vec<String> {
     let program = std::env::var("DROVER_ETCDCTL").unwrap_or_else(|_| "etcdctl".to_owned());
     let output = Command::new(program)

@@ -15,9 +15,10 @@ use drover_proto::{
     status::{invalid_field, reason, with_reason},
     v1::{self, fleet_service_server::FleetService},
 };
-use futures::stream::BoxStream;
+use futures::{StreamExt as _, stream::BoxStream};
 use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
@@ -29,6 +30,7 @@ pub struct Fleet {
     deployments: Deployments,
     unplaced: watch::Receiver<BTreeMap<String, String>>,
     proxies: crate::gateway::ProxyClient,
+    stop: CancellationToken,
 }
 
 impl Fleet {
@@ -40,9 +42,20 @@ impl Fleet {
         events: Events,
         unplaced: watch::Receiver<BTreeMap<String, String>>,
         proxies: crate::gateway::ProxyClient,
+        stop: CancellationToken,
     ) -> Self {
         let deployments = Deployments { store: store.clone(), view: view.clone(), events };
-        Self { store, view, deployments, unplaced, proxies }
+        Self { store, view, deployments, unplaced, proxies, stop }
+    }
+
+    /// A stream that ends, with an error that tells the caller to go elsewhere, when this coordinator goes away.
+    fn until_stop<T: Send + 'static>(&self, stream: Answers<T>) -> Answers<T> {
+        let stop = self.stop.clone();
+        let away = futures::stream::once(async move {
+            let what = "this coordinator is shutting down: ask another one, and go on from the last revision seen";
+            stop.is_cancelled().then(|| Err(with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, what)))
+        });
+        stream.take_until(self.stop.clone().cancelled_owned()).chain(away.filter_map(futures::future::ready)).boxed()
     }
 
     fn snapshot(&self) -> Result<Arc<Snapshot>, Status> {
@@ -59,6 +72,8 @@ impl Fleet {
         convert::deployment(snapshot, stored, self.unplaced.borrow().get(name))
     }
 }
+
+type Answers<T> = BoxStream<'static, Result<T, Status>>;
 
 /// A span for a call that changes something, continuing the caller's trace.
 macro_rules! call_span {
@@ -155,23 +170,25 @@ impl FleetService for Fleet {
         Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token }))
     }
 
-    type WatchEventsStream = BoxStream<'static, Result<v1::WatchEventsResponse, Status>>;
+    type WatchEventsStream = Answers<v1::WatchEventsResponse>;
 
     async fn watch_events(
         &self,
         request: Request<v1::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        Ok(Response::new(events::watch(self.store.clone(), request.into_inner()).await?))
+        let stream = events::watch(self.store.clone(), request.into_inner()).await?;
+        Ok(Response::new(self.until_stop(stream)))
     }
 
-    type StreamLogsStream = BoxStream<'static, Result<v1::StreamLogsResponse, Status>>;
+    type StreamLogsStream = Answers<v1::StreamLogsResponse>;
 
     async fn stream_logs(
         &self,
         request: Request<v1::StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
         let snapshot = self.snapshot()?;
-        Ok(Response::new(logs::stream(&snapshot, &self.proxies, request.into_inner()).await?))
+        let stream = logs::stream(&snapshot, &self.proxies, request.into_inner()).await?;
+        Ok(Response::new(self.until_stop(stream)))
     }
 }
 

@@ -3,13 +3,16 @@
 use drover_proto::{limits, status::invalid_field};
 use tonic::Status;
 
+/// Items of a page with their keys, and the token of the next one; empty after the last.
+pub(super) type Page<'a, T> = (Vec<(&'a String, T)>, String);
+
 /// Cuts one page out of items ordered by key. Returns the items and the next page's token.
 #[allow(clippy::result_large_err)] // tonic's own type
 pub(super) fn cut<'a, T>(
     items: impl Iterator<Item = (&'a String, T)>,
     page_size: i32,
     page_token: &str,
-) -> Result<(Vec<(&'a String, T)>, String), Status> {
+) -> Result<Page<'a, T>, Status> {
     let size = match usize::try_from(page_size) {
         Ok(0) => limits::PAGE_SIZE,
         Ok(n) if n <= limits::PAGE_SIZE_MAX => n,

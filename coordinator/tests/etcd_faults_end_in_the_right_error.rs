@@ -187,7 +187,8 @@ async fn a_full_etcd_is_told_apart_and_still_read() {
     let server = drover_tests::etcd::Etcd::start_with(&["--quota-backend-bytes", "4194304"]).await.unwrap();
     let store = Etcd::connect(Settings { call_timeout: Duration::from_secs(5), ..settings(&server) }).await.unwrap();
     let mut full = None;
-    for i in 0..20 {
+    // etcd learns its size when it commits, every 100 ms: it takes in more than the quota before it notices.
+    for i in 0..400 {
         let op = Op::Put { key: format!("k/{i}"), value: vec![7; 512 * 1024], lease: 0 };
         if let Err(error) = store.txn(Txn { then: vec![op], ..Txn::default() }).await {
             full = Some(error);

@@ -12,6 +12,8 @@ pub mod leader;
 pub mod mutant;
 pub mod sessions;
 pub mod status;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub(crate) use sessions::store_status;

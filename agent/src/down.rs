@@ -1,0 +1,80 @@
+//! `drover-agent down`: ends everything that agents of a state directory have left running, after the agent has ended.
+
+use crate::{
+    config::{Places, socket_of},
+    host::processes::{self, Found, Living},
+    instance::adopt,
+    lock, proxy,
+};
+use anyhow::{Context as _, bail};
+use drover_shim::{
+    durable,
+    record::{Directory, Record},
+};
+use std::{fs, time::Duration};
+use tokio::time::timeout;
+
+/// How long an agent that is about to end is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// Between SIGTERM and SIGKILL, and then again for the end.
+const GRACE: Duration = Duration::from_secs(10);
+/// How long requests in flight at the proxy are waited for.
+const PROXY_DRAIN: Duration = Duration::from_secs(1);
+
+/// Ends all servers of a state directory, then its proxy. What could not be ended is named in the error; nothing is
+/// touched whose identity does not match its record.
+pub async fn down(places: &Places) -> anyhow::Result<()> {
+    let _lock = lock::take(&places.state_dir, LOCK_PATIENCE).await?;
+    let folder = places.state_dir.join("instances");
+    let mut ends = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+        let entry = entry?;
+        let instance = entry.file_name().to_string_lossy().into_owned();
+        ends.push(end(Directory::new(entry.path()), socket_of(&places.runtime_dir, &instance), instance));
+    }
+    let mut problems: Vec<String> =
+        futures::future::join_all(ends).await.into_iter().filter_map(Result::err).map(|e| format!("{e:#}")).collect();
+    if let Err(error) = proxy::client::end_at(&places.runtime_dir, PROXY_DRAIN).await {
+        problems.push(format!("proxy: {error:#}"));
+    }
+    if problems.is_empty() { Ok(()) } else { bail!("not everything could be ended: {}", problems.join("; ")) }
+}
+
+async fn end(directory: Directory, socket: std::path::PathBuf, instance: String) -> anyhow::Result<()> {
+    match durable::read::<Record>(&directory.record()) {
+        Ok(record) => match processes::find(&record) {
+            Found::Living(living) => end_process(&living).await.with_context(|| instance.clone())?,
+            Found::Gone | Found::Other(_) => {}
+            Found::Unknown(why) => bail!("{instance}: {why}"),
+        },
+        Err(durable::Error::Missing(_)) => {}
+        Err(error) => bail!("{instance}: {error}: its server, if it runs, was not touched"),
+    }
+    wait_for_shim(&directory).await.with_context(|| instance.clone())?;
+    adopt::remove(&directory, &socket);
+    Ok(())
+}
+
+async fn end_process(living: &Living) -> anyhow::Result<()> {
+    living.terminate()?;
+    if timeout(GRACE, living.ended()).await.is_ok() {
+        return Ok(());
+    }
+    living.kill_session()?;
+    timeout(GRACE, living.ended()).await.with_context(|| format!("pid {} has not ended", living.pid()))
+}
+
+/// A shim writes how its server ended, and lets go of the lock.
+async fn wait_for_shim(directory: &Directory) -> anyhow::Result<()> {
+    use nix::fcntl::{Flock, FlockArg};
+    let free = async {
+        loop {
+            let Ok(file) = fs::OpenOptions::new().write(true).open(directory.lock()) else { return };
+            if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(GRACE, free).await.context("its shim has not ended")
+}

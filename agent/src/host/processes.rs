@@ -1,0 +1,132 @@
+//! Processes: who they are, and signals to exactly them.
+//!
+//! A process is touched only through a [`Living`], which is made by opening a pidfd first and verifying the identity then:
+//! from that on the handle names this process, whatever becomes of its pid.
+
+use drover_shim::{
+    identity::{self, Verdict},
+    record::{Record, Stage},
+    sys,
+};
+use nix::sys::signal::Signal;
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+pub use drover_shim::identity::boot_id;
+
+/// A process whose whole identity matched its record.
+#[derive(Debug)]
+pub struct Living {
+    handle: AsyncFd<OwnedFd>,
+    pid: i32,
+    start_ticks: u64,
+}
+
+/// What became of a recorded process.
+#[derive(Debug)]
+pub enum Found {
+    /// It lives.
+    Living(Living),
+    /// It has ended.
+    Gone,
+    /// Its pid belongs to another process now, which is none of our business; says what differs.
+    Other(String),
+    /// It can't be told; nothing is to be done to it. Says why.
+    Unknown(String),
+}
+
+/// Looks for the process of a record.
+#[must_use]
+pub fn find(record: &Record) -> Found {
+    // The handle first: a pid verified before could change hands before the handle is opened.
+    let handle = match sys::pidfd_open(record.process.pid) {
+        Ok(handle) => handle,
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Found::Gone,
+        Err(error) => return Found::Unknown(format!("no handle of pid {}: {error}", record.process.pid)),
+    };
+    let held_as = (record.stage == Stage::Held).then_some(record.shim.as_path());
+    match identity::verify(&record.process, held_as) {
+        Verdict::Gone => Found::Gone,
+        Verdict::Other(what) => Found::Other(what),
+        Verdict::Unknown(why) => Found::Unknown(why),
+        Verdict::Same => match AsyncFd::register_with_interest(handle, Interest::READABLE) {
+            Ok(handle) => {
+                Found::Living(Living { handle, pid: record.process.pid, start_ticks: record.process.start_ticks })
+            }
+            Err(error) => Found::Unknown(format!("the handle of pid {} can't be watched: {error}", record.process.pid)),
+        },
+    }
+}
+
+impl Living {
+    /// Its process id, for people.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waits until it has ended. Seen within milliseconds, also when it is not a child of ours.
+    pub async fn ended(&self) {
+        if let Err(error) = self.handle.readable().await.map(drop) {
+            tracing::warn!(pid = self.pid, %error, "the process can't be watched any more: it counts as ended");
+        }
+    }
+
+    /// Processor time used so far, in clock ticks; `None` when it can't be read.
+    #[must_use]
+    pub fn cpu_ticks(&self) -> Option<u64> {
+        identity::stat(self.pid).ok().filter(|s| s.start_ticks == self.start_ticks).map(|s| s.cpu_ticks)
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) -> io::Result<()> {
+        self.signal(Signal::SIGTERM)
+    }
+
+    /// Ends it and everything in its session.
+    pub fn kill_session(&self) -> io::Result<()> {
+        // Its session's id is its pid, and stays taken for as long as the session has a member.
+        let members = session_members(self.pid, self.start_ticks)?;
+        let result = self.signal(Signal::SIGKILL);
+        for member in members {
+            if let Err(error) = sys::pidfd_signal(member.as_fd(), Signal::SIGKILL) {
+                if error.raw_os_error() != Some(libc::ESRCH) {
+                    tracing::warn!(session = self.pid, %error, "a member of the session can't be ended");
+                }
+            }
+        }
+        result
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match sys::pidfd_signal(self.handle.get_ref().as_fd(), signal) {
+            // It has ended already, which is what was asked for.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// Handles of the processes of a session but its leader. A session's members are no older than its leader.
+fn session_members(session: i32, leader_start: u64) -> io::Result<Vec<OwnedFd>> {
+    let mut members = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let belongs = || {
+            pid != session && identity::stat(pid).is_ok_and(|s| s.session == session && s.start_ticks >= leader_start)
+        };
+        if !belongs() {
+            continue;
+        }
+        if let Ok(handle) = sys::pidfd_open(pid) {
+            // Again after the handle is open: only now is it known whom it names.
+            if belongs() {
+                members.push(handle);
+            }
+        }
+    }
+    Ok(members)
+}

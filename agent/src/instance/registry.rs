@@ -1,0 +1,366 @@
+//! All instances of this node: what runs, what is owned, and what follows when the set of claims changes.
+//!
+//! The set of claims is full and level-triggered: applying it twice, or a later one only, leads to the same end. What
+//! runs without a claim goes on running until it is told to end; what has no process and no claim is removed.
+
+use super::{
+    adopt::{self, Left},
+    board::Entry,
+    claim::Claim,
+    context::Context,
+    run,
+    state::Ended,
+    supervisor::{self, Begin, Handle},
+    trace,
+};
+use crate::clock;
+use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, RecordedRun, Severity, Token};
+use drover_shim::record::Directory;
+use std::{collections::BTreeMap, fs, io, os::unix::fs::DirBuilderExt as _, sync::Arc};
+use tokio::sync::Mutex;
+use tracing::Span;
+
+/// A run of this node that no claim covers, and that it wants to claim again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unowned {
+    /// Id of the instance.
+    pub instance: String,
+    /// Token under which it is recorded.
+    pub token: Token,
+    /// Memory that it reserves, in bytes.
+    pub memory_bytes: i64,
+}
+
+/// What is here of an instance.
+#[derive(Debug)]
+enum Kind {
+    /// A supervisor.
+    Supervised(Handle),
+    /// Files only: its server has ended under an earlier agent. Started again when a claim says so.
+    Dormant(Box<Claim>, Option<Ended>),
+    /// It can't be told whether its server lives; looked at again each time.
+    Unknown(Box<Claim>),
+    /// Nothing, though it is claimed: it is not wanted, or could not be begun.
+    Nothing,
+}
+
+#[derive(Debug)]
+struct Known {
+    token: Token,
+    kind: Kind,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    known: BTreeMap<String, Known>,
+    /// Claims under way, with the memory that they would reserve.
+    claiming: BTreeMap<String, i64>,
+    /// The set of claims applied last, and the session that it came with.
+    latest: Option<(u64, ClaimSet)>,
+}
+
+/// The instances of this node.
+#[derive(Debug)]
+pub struct Registry {
+    context: Arc<Context>,
+    inner: Mutex<Inner>,
+}
+
+impl Registry {
+    /// Takes back what earlier agents left, then gives the proxy the routes to it.
+    pub async fn adopt(context: Arc<Context>) -> io::Result<Self> {
+        let mut known = BTreeMap::new();
+        for (claim, directory, left) in adopt::scan(&context).await? {
+            let (instance, token) = (claim.instance.clone(), claim.token);
+            let kind = match left {
+                Left::Living { run, ready } => {
+                    let pid = run.living.pid();
+                    tracing::info!(instance, pid, ready, %token, "a running server is taken back");
+                    let begin = Begin::Adopted { run, ready };
+                    Kind::Supervised(supervisor::spawn(context.clone(), claim, directory, begin))
+                }
+                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
+                Left::Unknown(why) => {
+                    context.events.tell(&instance, "IdentityUnknown", Severity::Warning, why);
+                    Kind::Unknown(Box::new(claim))
+                }
+            };
+            known.insert(instance, Known { token, kind });
+        }
+        context.routes.announce();
+        Ok(Self { context, inner: Mutex::new(Inner { known, ..Inner::default() }) })
+    }
+
+    /// What all instances share.
+    #[must_use]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// What runs, or may run, on this node.
+    pub async fn recorded_runs(&self) -> Vec<RecordedRun> {
+        let inner = self.inner.lock().await;
+        let runs = inner.known.iter().filter_map(|(instance, known)| {
+            let entry = self.context.board.get(instance);
+            let (alive, memory_bytes) = match &known.kind {
+                Kind::Nothing => return None,
+                Kind::Dormant(claim, _) => (false, claim.memory_bytes),
+                Kind::Unknown(claim) => (true, claim.memory_bytes),
+                Kind::Supervised(_) => {
+                    entry.map_or((true, 0), |e| (e.pid != 0 || e.state == InstanceState::Starting, e.memory_bytes))
+                }
+            };
+            Some(RecordedRun { instance: instance.clone(), token: Some(known.token), alive, memory_bytes })
+        });
+        runs.collect()
+    }
+
+    /// Reserves room for a claim that is about to be made. `Err` says why there is none; an instance that is here
+    /// already, or being claimed, gives `Ok(false)`.
+    pub async fn reserve(&self, instance: &str, memory_bytes: i64) -> Result<bool, String> {
+        let mut inner = self.inner.lock().await;
+        if inner.known.contains_key(instance) || inner.claiming.contains_key(instance) {
+            return Ok(false);
+        }
+        let running: i64 = self.context.board.all().values().map(|entry| entry.memory_bytes).sum();
+        let used = inner.claiming.values().fold(running, |sum, bytes| sum.saturating_add(*bytes));
+        let capacity = self.context.settings.memory_bytes;
+        if used.saturating_add(memory_bytes) > capacity {
+            return Err(format!(
+                "it needs {} MiB, and {} MiB of this node's {} MiB are reserved",
+                memory_bytes >> 20,
+                used >> 20,
+                capacity >> 20
+            ));
+        }
+        inner.claiming.insert(instance.to_owned(), memory_bytes);
+        Ok(true)
+    }
+
+    /// Marks a run that is about to be claimed again. False when that is under way already.
+    pub async fn reserve_again(&self, instance: &str) -> bool {
+        let mut inner = self.inner.lock().await;
+        inner.known.contains_key(instance) && inner.claiming.insert(instance.to_owned(), 0).is_none()
+    }
+
+    /// A claim was not made, or it is not known whether it was: the next set of claims tells.
+    pub async fn release(&self, instance: &str) {
+        self.inner.lock().await.claiming.remove(instance);
+    }
+
+    /// A claim was made: starts the instance, or raises the token of the run that is here.
+    pub async fn claimed(&self, claim: Claim, span: Span) {
+        let mut inner = self.inner.lock().await;
+        inner.claiming.remove(&claim.instance);
+        self.own(&mut inner, claim, true, "", Some(span)).await;
+    }
+
+    /// Applies a set of claims of a session; of one session, an older set after a newer one is void. Returns the runs
+    /// that no claim covers and that nobody has ordered to end.
+    pub async fn apply(&self, session: u64, set: ClaimSet) -> Vec<Unowned> {
+        let mut inner = self.inner.lock().await;
+        if inner.latest.as_ref().is_some_and(|(s, latest)| *s == session && latest.revision > set.revision) {
+            return Vec::new();
+        }
+        inner.latest = Some((session, set));
+        self.reconcile(&mut inner).await
+    }
+
+    /// Applies the last set again: what could not be done then may be possible now.
+    pub async fn apply_again(&self) -> Vec<Unowned> {
+        let mut inner = self.inner.lock().await;
+        if inner.latest.is_none() { Vec::new() } else { self.reconcile(&mut inner).await }
+    }
+
+    async fn reconcile(&self, inner: &mut Inner) -> Vec<Unowned> {
+        let Some((_, set)) = inner.latest.clone() else { return Vec::new() };
+        self.look_again(inner).await;
+        for owned in &set.claims {
+            // Where a claim is under way its own answer comes first.
+            if !inner.claiming.contains_key(&owned.instance) {
+                self.own(inner, claim_of(owned), owned.wanted, &owned.traceparent, None).await;
+            }
+        }
+        let mut unowned = Vec::new();
+        let others: Vec<String> = inner
+            .known
+            .iter()
+            .filter(|(instance, known)| {
+                let claimed = set.claims.iter().any(|c| c.instance == **instance);
+                // A claim made after the set was read can't be in it.
+                let later =
+                    self.context.board.get(instance).is_some_and(|e| e.owned) && known.token.revision > set.revision;
+                !claimed && !later && !inner.claiming.contains_key(*instance)
+            })
+            .map(|(instance, _)| instance.clone())
+            .collect();
+        for instance in others {
+            self.context.board.set_owned(&instance, false);
+            let order = set.end_runs.iter().find(|order| order.instance == instance);
+            if let Some(run) = self.disown(inner, &instance, order).await {
+                unowned.push(run);
+            }
+        }
+        unowned
+    }
+
+    /// Makes what is here fit a claim that this node holds.
+    async fn own(&self, inner: &mut Inner, claim: Claim, wanted: bool, traceparent: &str, span: Option<Span>) {
+        let (instance, token) = (claim.instance.clone(), claim.token);
+        let known = inner.known.remove(&instance);
+        let kind = match known {
+            // An answer that was overtaken: a higher token is known here already.
+            Some(known) if known.token > token => {
+                inner.known.insert(instance, known);
+                return;
+            }
+            Some(Known { kind: Kind::Supervised(handle), token: old }) => {
+                if token > old && !handle.raise(token).await {
+                    // Not durable: it stays under the old token, and this is tried again.
+                    inner.known.insert(instance, Known { token: old, kind: Kind::Supervised(handle) });
+                    return;
+                }
+                self.context.board.set_owned(&instance, true);
+                handle.want(wanted, traceparent).await;
+                Kind::Supervised(handle)
+            }
+            Some(Known { kind: Kind::Unknown(stored), .. }) => {
+                let message = "it can't be told whether its server still runs: nothing is started in its place";
+                self.post(&claim, InstanceState::Suspect, message);
+                Kind::Unknown(stored)
+            }
+            Some(Known { kind: Kind::Dormant(stored, ended), .. }) if wanted => {
+                let claim = Claim { restarts: stored.restarts, failed: stored.failed.clone(), ..claim };
+                let begin = match (&claim.failed, ended) {
+                    (Some(message), _) => Begin::Failed(message.clone()),
+                    (None, Some(ended)) => Begin::Ended(ended),
+                    (None, None) => Begin::Claimed(trace::start(&instance, &claim.spec.name, traceparent)),
+                };
+                self.begin(claim, begin)
+            }
+            Some(Known { kind: Kind::Dormant(..), .. }) => {
+                adopt::remove(&self.directory(&instance), &self.context.settings.socket_of(&instance));
+                self.post(&claim, InstanceState::Stopped, "");
+                Kind::Nothing
+            }
+            Some(Known { kind: Kind::Nothing, .. }) | None if wanted => {
+                let span = span.unwrap_or_else(|| trace::start(&instance, &claim.spec.name, traceparent));
+                self.begin(claim, Begin::Claimed(span))
+            }
+            // Not wanted, and nothing is here: that is all there is to say.
+            Some(Known { kind: Kind::Nothing, .. }) | None => {
+                self.post(&claim, InstanceState::Stopped, "");
+                Kind::Nothing
+            }
+        };
+        inner.known.insert(instance, Known { token, kind });
+    }
+
+    /// What follows when no claim of this node covers an instance.
+    async fn disown(&self, inner: &mut Inner, instance: &str, order: Option<&EndRun>) -> Option<Unowned> {
+        let known = inner.known.get(instance)?;
+        let token = known.token;
+        let gone = match &known.kind {
+            Kind::Nothing => {
+                self.context.board.remove(instance);
+                true
+            }
+            Kind::Dormant(..) => {
+                adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance));
+                true
+            }
+            Kind::Unknown(_) => false,
+            Kind::Supervised(handle) => {
+                // Void once this node holds the token that it is to yield to.
+                let ordered = order.is_some_and(|order| order.yields_to.is_none_or(|to| to > token));
+                if ordered {
+                    handle.want(false, "").await;
+                }
+                handle.discard().await
+            }
+        };
+        if gone {
+            inner.known.remove(instance);
+            return None;
+        }
+        let entry = self.context.board.get(instance)?;
+        let ending = matches!(entry.state, InstanceState::Draining | InstanceState::Stopped);
+        let run = Unowned { instance: instance.to_owned(), token, memory_bytes: entry.memory_bytes };
+        (!ending).then_some(run)
+    }
+
+    /// Looks again at what could not be told.
+    async fn look_again(&self, inner: &mut Inner) {
+        let unknown = inner.known.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(_)));
+        let unknown: Vec<String> = unknown.map(|(instance, _)| instance.clone()).collect();
+        for instance in unknown {
+            let (claim, directory, left) = adopt::look(self.context.clone(), instance.clone()).await;
+            let token = claim.token;
+            let kind = match left {
+                Left::Unknown(_) => continue,
+                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
+                Left::Living { run, ready } => {
+                    let begin = Begin::Adopted { run, ready };
+                    Kind::Supervised(supervisor::spawn(self.context.clone(), claim, directory, begin))
+                }
+            };
+            inner.known.insert(instance, Known { token, kind });
+        }
+    }
+
+    /// Begins an instance: its directory first, then its supervisor.
+    fn begin(&self, claim: Claim, begin: Begin) -> Kind {
+        let directory = self.directory(&claim.instance);
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.path());
+        let made = made.map_err(|e| format!("{}: {e}", directory.path().display()));
+        // Spec and record, where there are any, get the token first: no lower one can start anything from then on.
+        match made.and_then(|()| run::raise(&directory, &claim).map_err(|e| e.to_string())) {
+            Ok(()) => {
+                let instance = claim.instance.clone();
+                let handle = supervisor::spawn(self.context.clone(), claim, directory, begin);
+                self.context.board.set_owned(&instance, true);
+                Kind::Supervised(handle)
+            }
+            Err(error) => {
+                let message = format!("its directory can't be prepared; this is tried again: {error}");
+                self.post(&claim, InstanceState::Backoff, &message);
+                Kind::Nothing
+            }
+        }
+    }
+
+    /// Puts the state of an instance without a supervisor on the board.
+    fn post(&self, claim: &Claim, state: InstanceState, message: &str) {
+        let before = self.context.board.get(&claim.instance).filter(|e| e.state == state && e.message == message);
+        let entry = Entry {
+            token: claim.token,
+            owned: true,
+            state,
+            pid: 0,
+            restarts: claim.restarts,
+            message: message.to_owned(),
+            since: before.map_or_else(clock::now, |entry| entry.since),
+            traceparent: String::new(),
+            exit_code: None,
+            exit_signal: None,
+            memory_bytes: 0,
+        };
+        self.context.board.set(&claim.instance, entry);
+    }
+
+    fn directory(&self, instance: &str) -> Directory {
+        Directory::new(self.context.settings.instances_dir().join(instance))
+    }
+}
+
+fn claim_of(owned: &OwnedClaim) -> Claim {
+    Claim {
+        instance: owned.instance.clone(),
+        token: owned.token.unwrap_or_default(),
+        spec: owned.spec.clone().unwrap_or_default(),
+        revision: owned.revision,
+        memory_bytes: owned.memory_bytes,
+        restarts: 0,
+        failed: None,
+    }
+}

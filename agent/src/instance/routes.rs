@@ -1,0 +1,70 @@
+//! Which requests reach which instance: keeps the full set of routes and gives it to the proxy.
+
+use crate::proxy::{ProxyHandle, Route};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+/// How long a change may take to be in force before its consequences are reported all the same: a proxy that is away is
+/// started again within a second and given the routes then.
+const APPLY_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The routes of this node.
+#[derive(Debug)]
+pub struct Routes {
+    proxy: ProxyHandle,
+    routes: Mutex<BTreeMap<String, Route>>,
+}
+
+impl Routes {
+    /// Routes through this proxy. It keeps those that it has until [`Routes::announce`].
+    #[must_use]
+    pub fn new(proxy: ProxyHandle) -> Self {
+        Self { proxy, routes: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Route>> {
+        // Nothing panics while it holds the lock; should it ever, the map is still whole.
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a route in without telling the proxy yet.
+    pub fn prepare(&self, route: Route) {
+        self.lock().insert(route.instance.clone(), route);
+    }
+
+    /// Gives the proxy the set as it is.
+    pub fn announce(&self) {
+        let routes = self.lock();
+        self.proxy.set_routes(routes.values().cloned().collect());
+    }
+
+    /// Sets an instance's route and waits until it is in force.
+    pub async fn set(&self, route: Route) {
+        let instance = route.instance.clone();
+        self.prepare(route);
+        self.announce();
+        if !self.proxy.wait_applied(APPLY_DEADLINE).await {
+            tracing::warn!(instance, "the proxy has not taken the route yet; it is given it when it answers again");
+        }
+    }
+
+    /// Removes an instance's route.
+    pub fn remove(&self, instance: &str) {
+        self.lock().remove(instance);
+        self.announce();
+    }
+
+    /// Waits until an instance whose route takes no requests has none in flight; false when it still has at the end.
+    pub async fn wait_drained(&self, instance: &str, within: Duration) -> bool {
+        self.proxy.wait_drained(instance, within).await
+    }
+
+    /// The proxy.
+    #[must_use]
+    pub fn proxy(&self) -> &ProxyHandle {
+        &self.proxy
+    }
+}

@@ -1,0 +1,266 @@
+//! A launch: write the spec, start a shim, hear what it says, take hold of the process. And the last words of its log.
+
+use super::{
+    arguments::{self, Place},
+    claim::{Claim, stored_token},
+    context::Context,
+};
+use crate::{
+    clock,
+    host::{
+        disk,
+        processes::{self, Found, Living},
+    },
+    model,
+};
+use drover_shim::{
+    durable, logs,
+    record::{self, Directory, Exit, FORMAT, Record, Spec},
+};
+use std::{
+    io::{Read as _, Seek as _, SeekFrom},
+    path::Path,
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, ChildStdout, Command},
+    time::timeout,
+};
+
+/// How long a shim may take until it has released its process.
+const LAUNCH_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the record of an end may come after the end.
+const EXIT_DEADLINE: Duration = Duration::from_secs(2);
+const EXIT_POLL: Duration = Duration::from_millis(10);
+/// Size of a log file, and their number.
+const LOG_BYTES_MAX: u64 = 10 << 20;
+const LOG_FILES_MAX: u32 = 3;
+/// Free space below which nothing is started, in bytes.
+pub const DISK_BYTES_MIN: u64 = 100 << 20;
+
+/// Why a launch has brought no process.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failed {
+    /// What went wrong, and the way out.
+    pub message: String,
+    /// Whether another attempt may help.
+    pub retry: bool,
+}
+
+impl Failed {
+    fn again(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retry: true }
+    }
+
+    fn for_good(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retry: false }
+    }
+}
+
+/// A process, and its record.
+#[derive(Debug)]
+pub struct Run {
+    /// The process.
+    pub living: Arc<Living>,
+    /// Its record.
+    pub record: Record,
+}
+
+/// Launches what a claim says; or takes hold of the recorded process, if that lives.
+pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> Result<Run, Failed> {
+    if let Some(run) = recorded(directory)? {
+        return Ok(run);
+    }
+    let start_deadline_ns = context.session.ns();
+    if context.session.has_passed() {
+        return Err(Failed::again("this node has no session now: nothing is started until it has one"));
+    }
+    let free = disk::free_bytes(directory.path()).map_err(|e| Failed::again(format!("free disk space: {e}")))?;
+    if free < DISK_BYTES_MIN {
+        return Err(Failed::again(format!(
+            "only {} MiB are free in {}: nothing is started below {} MiB",
+            free >> 20,
+            directory.path().display(),
+            DISK_BYTES_MIN >> 20
+        )));
+    }
+    let settings = &context.settings;
+    let model =
+        model::resolve(&claim.spec.model_path, &settings.model_roots).map_err(|e| Failed::for_good(e.to_string()))?;
+    let socket = settings.socket_of(&claim.instance);
+    let gpus: Vec<String> = settings.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
+    let place = Place { model: &model.path, socket: &socket, gpus: &gpus };
+    let arguments = arguments::build(&claim.spec, place, &context.known).map_err(Failed::for_good)?;
+    let spec = Spec {
+        format: FORMAT,
+        instance: claim.instance.clone(),
+        token: stored_token(claim.token),
+        program: settings.llama_server.clone(),
+        arguments,
+        environment: arguments::environment(&gpus, directory.path(), &settings.llama_server_environment),
+        socket,
+        log_bytes_max: LOG_BYTES_MAX,
+        log_files_max: LOG_FILES_MAX,
+        start_deadline_ns,
+        boot_id: context.boot_id.clone(),
+        halt_file: settings.halt_file(),
+    };
+    durable::write(&directory.spec(), &spec).map_err(|e| Failed::again(e.to_string()))?;
+    let mut shim = start_shim(&settings.shim, directory)?;
+    let said = timeout(LAUNCH_DEADLINE, hear(&mut shim)).await;
+    let outcome = match said {
+        Ok(said) => said,
+        Err(_) => {
+            // Its end makes a held child exit; one that was released is on record and found below.
+            let _ = shim.kill().await;
+            Err(Failed::again(format!("the shim has not answered within {} s", LAUNCH_DEADLINE.as_secs())))
+        }
+    };
+    // The shim lives as long as its server: somebody has to collect it when it ends.
+    tokio::spawn(async move { shim.wait().await });
+    match (recorded(directory)?, outcome) {
+        (Some(run), _) => Ok(run),
+        (None, Err(failed)) => Err(failed),
+        // It ran and has ended already: its last words say more than its exit code.
+        (None, Ok(())) => {
+            let ended = ended(directory, None).await;
+            let good = ended.exec_error.is_none() && ended.code.is_none_or(|code| code == 0);
+            Err(Failed { message: format!("llama-server {ended}"), retry: good })
+        }
+    }
+}
+
+/// The recorded process, if it lives.
+fn recorded(directory: &Directory) -> Result<Option<Run>, Failed> {
+    let record: Record = match durable::read(&directory.record()) {
+        Ok(record) => record,
+        Err(durable::Error::Missing(_)) => return Ok(None),
+        Err(error) => return Err(Failed::again(error.to_string())),
+    };
+    match processes::find(&record) {
+        Found::Living(living) => Ok(Some(Run { living: Arc::new(living), record })),
+        Found::Gone | Found::Other(_) => Ok(None),
+        Found::Unknown(why) => {
+            Err(Failed::again(format!("it can't be told whether the recorded process still runs: {why}")))
+        }
+    }
+}
+
+fn start_shim(shim: &Path, directory: &Directory) -> Result<Child, Failed> {
+    #[allow(clippy::disallowed_methods, reason = "this is the agent's start of the shim")]
+    let mut command = Command::new(shim);
+    command
+        .arg(directory.path())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .kill_on_drop(false);
+    command.spawn().map_err(|e| Failed::again(format!("shim {}: {e}", shim.display())))
+}
+
+/// Listens to a shim until its process is released, or will not be.
+async fn hear(shim: &mut Child) -> Result<(), Failed> {
+    let Some(output) = shim.stdout.take() else { return Err(Failed::again("the shim has no output")) };
+    let mut lines = BufReader::<ChildStdout>::new(output).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
+        match word {
+            "released" => return Ok(()),
+            "failed" => return Err(Failed::for_good(format!("llama-server can't be executed: {rest}"))),
+            "refused" => {
+                let (code, why) = rest.split_once(' ').unwrap_or((rest, ""));
+                // A lower token: somebody else was given this instance meanwhile.
+                let retry = code != "11";
+                return Err(Failed { message: format!("the start was refused: {why}"), retry });
+            }
+            "note" => tracing::warn!("shim: {rest}"),
+            _ => {}
+        }
+    }
+    Err(Failed::again("the shim ended before it had started anything"))
+}
+
+/// How the process of a record ended. Its shim makes that durable in a moment; without a shim it stays unknown. With a
+/// record, only an end of that very process counts.
+pub async fn ended(directory: &Directory, record: Option<&Record>) -> super::state::Ended {
+    let read = || {
+        durable::read::<Exit>(&directory.exit()).ok().filter(|exit| record.is_none_or(|r| r.process == exit.process))
+    };
+    let wait = async {
+        loop {
+            if let Some(exit) = read() {
+                return exit;
+            }
+            tokio::time::sleep(EXIT_POLL).await;
+        }
+    };
+    let exit = timeout(EXIT_DEADLINE, wait).await.ok();
+    let last_lines = last_words(&directory.log());
+    match exit {
+        None => super::state::Ended { last_lines, ..Default::default() },
+        Some(exit) => {
+            super::state::Ended { code: exit.code, signal: exit.signal, exec_error: exit.exec_error, last_lines }
+        }
+    }
+}
+
+/// Raises the token of a run everywhere it is kept, spec first: from then on no lower one can start anything.
+pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> {
+    let token = stored_token(claim.token);
+    match durable::read::<Spec>(&directory.spec()) {
+        Ok(mut spec) if spec.token < token => {
+            spec.token = token;
+            durable::write(&directory.spec(), &spec)?;
+        }
+        Ok(_) | Err(durable::Error::Missing(_)) => {}
+        Err(error) => return Err(error),
+    }
+    match durable::read::<Record>(&directory.record()) {
+        Ok(mut record) if record.token < token => {
+            record.token = token;
+            durable::write(&directory.record(), &record)?;
+        }
+        Ok(_) | Err(durable::Error::Missing(_)) => {}
+        Err(error) => return Err(error),
+    }
+    claim.write(directory.path())
+}
+
+/// The last lines of a log that tell of an error; the last line of all when none does.
+fn last_words(directory: &Path) -> String {
+    const TAIL_BYTES: u64 = 16 << 10;
+    const LINES_MAX: usize = 3;
+    const LINE_CHARS_MAX: usize = 300;
+    let read = || -> std::io::Result<String> {
+        let mut file = std::fs::File::open(logs::file(directory, 0))?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let Ok(text) = read() else { return String::new() };
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    // llama-server's lines begin with a time and a letter: "0.00.035.530 E llama_model_load: …".
+    let tells_error =
+        |line: &&&str| line.contains(" E ") || line.starts_with("error") || line.starts_with("drover-shim:");
+    let mut chosen: Vec<&str> = lines.iter().filter(tells_error).copied().collect();
+    if chosen.is_empty() {
+        chosen.extend(lines.last());
+    }
+    let first = chosen.len().saturating_sub(LINES_MAX);
+    let cut = |line: &&str| line.chars().take(LINE_CHARS_MAX).collect::<String>().escape_debug().to_string();
+    chosen[first..].iter().map(cut).collect::<Vec<_>>().join(" | ")
+}
+
+/// Milliseconds since boot, as the state machine counts.
+#[must_use]
+pub fn now_ms() -> u64 {
+    clock::boottime_ns() / 1_000_000
+}

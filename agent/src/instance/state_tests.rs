@@ -1,0 +1,220 @@
+//! The table of the instance's states, row by row, and what holds whatever happens.
+
+use super::*;
+use proptest::prelude::*;
+
+fn policy() -> Policy {
+    Policy::default()
+}
+
+fn run(events: impl IntoIterator<Item = Event>) -> (State, Vec<Action>) {
+    let mut state = State::claimed();
+    let mut last = Vec::new();
+    for event in events {
+        (state, last) = state.step(event, 1_000, &policy(), 200);
+    }
+    (state, last)
+}
+
+fn failing() -> Event {
+    Event::Probed(Health::Failing("no answer within 2 s".to_owned()))
+}
+
+fn ok() -> Event {
+    Event::Probed(Health::Ok)
+}
+
+fn exit(code: i32) -> Event {
+    Event::Ended(Ended { code: Some(code), last_lines: "the last line".to_owned(), ..Ended::default() })
+}
+
+#[test]
+fn a_start_goes_through_its_phases() {
+    let (state, actions) = run([Event::Begin]);
+    assert_eq!((state.phase, actions), (Phase::Starting, vec![Action::Launch]));
+    let (state, _) = run([Event::Begin, Event::Launched]);
+    assert_eq!(state.phase, Phase::Loading);
+    let (state, _) = run([Event::Begin, Event::Launched, Event::Probed(Health::Loading), failing()]);
+    assert_eq!(state.phase, Phase::Loading, "slowness of a loading server is no failure");
+    let (state, actions) = run([Event::Begin, Event::Launched, ok()]);
+    assert_eq!((state.phase, actions), (Phase::Ready, vec![Action::Open]));
+}
+
+#[test]
+fn traffic_leaves_after_two_failures_and_returns_after_three_successes() {
+    let ready = [Event::Begin, Event::Launched, ok()];
+    let with = |more: &[Event]| run(ready.iter().chain(more).cloned());
+    assert_eq!(with(&[failing(), ok(), failing()]).0.phase, Phase::Ready);
+    let (state, actions) = with(&[failing(), failing()]);
+    assert_eq!((state.phase, actions), (Phase::Suspect, vec![Action::Close]));
+    assert!(state.message.contains("no answer within 2 s"));
+    assert_eq!(with(&[failing(), failing(), ok(), ok(), failing(), ok(), ok()]).0.phase, Phase::Suspect);
+    let (state, actions) = with(&[failing(), failing(), ok(), ok(), ok()]);
+    assert_eq!((state.phase, actions, state.message.as_str()), (Phase::Ready, vec![Action::Open], ""));
+}
+
+#[test]
+fn a_stop_drains_first_then_asks_then_kills() {
+    let state = run([Event::Begin, Event::Launched, ok()]).0;
+    let policy = policy();
+    let (state, actions) = state.step(Event::Want(false), 0, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Draining, vec![Action::Close, Action::Drain(policy.drain_ms)]));
+    let (state, actions) = state.step(Event::Drained, 10, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Stopping, vec![Action::Terminate]));
+    let (state, actions) = state.step(Event::Tick, 9 + policy.grace_ms, &policy, 0);
+    assert_eq!(actions, []);
+    let (state, actions) = state.step(Event::Tick, 10 + policy.grace_ms, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Stopping, vec![Action::Kill]));
+    let (state, _) = state.step(exit(0), 20, &policy, 0);
+    assert_eq!(state.phase, Phase::Stopped);
+}
+
+#[test]
+fn a_stop_wins_over_a_start_in_flight() {
+    let (state, actions) = run([Event::Begin, Event::Want(false)]);
+    assert_eq!((state.phase, state.process, actions), (Phase::Stopping, Process::Launching, vec![]));
+    let (state, actions) = run([Event::Begin, Event::Want(false), Event::Launched]);
+    assert_eq!((state.phase, actions), (Phase::Stopping, vec![Action::Terminate]));
+    let failed = Event::LaunchFailed { message: "no".to_owned(), retry: true };
+    assert_eq!(run([Event::Begin, Event::Want(false), failed]).0.phase, Phase::Stopped);
+}
+
+#[test]
+fn a_model_that_can_not_be_loaded_fails_with_the_last_line_and_is_not_tried_again() {
+    let (state, _) = run([Event::Begin, Event::Launched, exit(1)]);
+    assert_eq!((state.phase, state.deadline_ms), (Phase::Failed, None));
+    assert!(state.message.contains("exited with code 1") && state.message.contains("the last line"));
+    let killed = Event::Ended(Ended { signal: Some(9), ..Ended::default() });
+    assert_eq!(
+        run([Event::Begin, Event::Launched, killed]).0.phase,
+        Phase::Backoff,
+        "a kill says nothing of the model"
+    );
+}
+
+#[test]
+fn restarts_back_off_and_a_crash_loop_ends() {
+    let policy = policy();
+    let mut state = run([Event::Begin, Event::Launched, ok()]).0;
+    let mut now = 1_000;
+    let mut pauses = Vec::new();
+    loop {
+        now += 100;
+        state = state.step(exit(0), now, &policy, 200).0;
+        let Some(due) = state.deadline_ms else { break };
+        pauses.push(due - now);
+        assert_eq!(state.clone().step(Event::Tick, due - 1, &policy, 200).1, []);
+        now = due;
+        for event in [Event::Tick, Event::Launched, ok()] {
+            state = state.step(event, now, &policy, 200).0;
+        }
+        assert_eq!(state.phase, Phase::Ready);
+    }
+    assert_eq!(pauses, [500, 1000, 2000, 4000]);
+    assert_eq!((state.phase, state.restarts), (Phase::Failed, 4));
+    assert!(state.message.contains("crash loop: ended 5 times"), "{}", state.message);
+}
+
+#[test]
+fn stable_running_forgives() {
+    let policy = policy();
+    let mut state = run([Event::Begin, Event::Launched, ok()]).0;
+    let mut now = 1_000;
+    for _ in 0..10 {
+        now += policy.stable_ms;
+        state = state.step(exit(0), now, &policy, 200).0;
+        assert_eq!(state.deadline_ms, Some(now + 500));
+        now += 500;
+        for event in [Event::Tick, Event::Launched, ok()] {
+            state = state.step(event, now, &policy, 200).0;
+        }
+    }
+    assert_eq!((state.phase, state.restarts), (Phase::Ready, 10));
+}
+
+#[test]
+fn loading_fails_only_for_lack_of_progress() {
+    let policy = policy();
+    let state = run([Event::Begin, Event::Launched]).0;
+    let late = 1_000 + policy.load_timeout_ms;
+    let (state, _) = state.step(Event::Progress, late - 1, &policy, 0);
+    let (state, actions) = state.step(Event::Tick, late, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Loading, vec![]));
+    let (state, actions) = state.step(Event::Tick, late - 1 + policy.load_timeout_ms, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Stopping, vec![Action::Terminate]));
+    let (state, _) = state.step(exit(0), late, &policy, 0);
+    assert_eq!(state.phase, Phase::Backoff);
+    assert!(state.message.contains("no progress for 300 s"), "{}", state.message);
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        Just(Event::Begin),
+        any::<bool>().prop_map(Event::Want),
+        Just(Event::Launched),
+        any::<bool>().prop_map(|retry| Event::LaunchFailed { message: "no".to_owned(), retry }),
+        Just(ok()),
+        Just(failing()),
+        Just(Event::Probed(Health::Loading)),
+        Just(Event::Progress),
+        Just(Event::Drained),
+        (0..2).prop_map(exit),
+        Just(Event::Ended(Ended { signal: Some(9), ..Ended::default() })),
+        Just(Event::Tick),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens(
+        events in proptest::collection::vec((any_event(), 0_u64..400_000), 0..60),
+        seed: u64,
+    ) {
+        let policy = policy();
+        let (mut state, mut now, mut open) = (State::claimed(), 0, false);
+        for (event, pause) in events {
+            now += pause;
+            let before = state.clone();
+            let (after, actions) = state.step(event.clone(), now, &policy, seed);
+            for action in &actions {
+                match action {
+                    Action::Launch => {
+                        prop_assert_eq!(before.process, Process::None, "launched beside a process: {:?}", before);
+                        prop_assert!(after.wanted, "launched though unwanted");
+                    }
+                    Action::Open => open = true,
+                    Action::Close => open = false,
+                    Action::Terminate | Action::Kill => {
+                        prop_assert!(
+                            !(before.wanted && matches!(before.phase, Phase::Ready | Phase::Suspect) && event != Event::Want(false)),
+                            "ended a wanted, ready server"
+                        );
+                        prop_assert_eq!(after.process, Process::Alive);
+                    }
+                    Action::Drain(_) => prop_assert!(!after.wanted),
+                }
+            }
+            prop_assert_eq!(open, after.phase == Phase::Ready, "requests go to {:?}", after.phase);
+            prop_assert!(
+                (after.process == Process::None)
+                    == matches!(after.phase, Phase::Claimed | Phase::Backoff | Phase::Failed | Phase::Stopped)
+            );
+            state = after;
+        }
+        // A stop always comes to its end, whatever was going on.
+        let mut state = state.step(Event::Want(false), now, &policy, seed).0;
+        for _ in 0..4 {
+            let event = match (state.process, state.phase) {
+                (Process::Launching, _) => Event::Launched,
+                (Process::Alive, Phase::Draining) => Event::Drained,
+                (Process::Alive, _) => exit(0),
+                (Process::None, _) => break,
+            };
+            let (next, actions) = state.step(event, now, &policy, seed);
+            prop_assert!(!actions.contains(&Action::Launch));
+            state = next;
+        }
+        prop_assert_eq!(state.phase, Phase::Stopped);
+        prop_assert_eq!(state.step(Event::Tick, u64::MAX, &policy, seed).1, vec![]);
+    }
+}

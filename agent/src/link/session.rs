@@ -1,0 +1,361 @@
+//! The session's stream: hello, heartbeats, offers, sets of claims, reports. On a thread of its own.
+//!
+//! Nothing here waits for disks, processes or other calls: what must be done is handed on.
+
+use super::{claims::Job, identity::Identity, reports::Reports};
+use crate::{
+    clock::{self, boottime_ns},
+    instance::registry::Registry,
+};
+use anyhow::{Context as _, bail};
+use drover_proto::{
+    PROTOCOL_MAX, PROTOCOL_MIN, VERSION,
+    status::{reason, reason_of},
+    transport::Target,
+    v1::{
+        Capacity, ClaimSet, Heartbeat, Hello, ModelInventory, NodeEvent, SessionRequest, SessionResponse,
+        SpanCheckpoint, Welcome, node_service_client::NodeServiceClient, session_request, session_response,
+    },
+};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
+/// How often reports are looked through that were not acknowledged.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Messages that wait to be written to the stream.
+const OUTGOING: usize = 256;
+/// Heartbeats that may be unanswered at a time.
+const HEARTBEATS_MAX: usize = 64;
+
+/// What a node says of itself.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Identity of the machine.
+    pub machine_id: String,
+    /// Boot id.
+    pub boot_id: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// What it has to give.
+    pub capacity: Capacity,
+    /// Address of its proxy as coordinators reach it.
+    pub proxy_address: String,
+}
+
+/// The session, on its own thread.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) registry: Arc<Registry>,
+    pub(super) target: Target,
+    pub(super) about: About,
+    pub(super) identity: Arc<Identity>,
+    pub(super) events: mpsc::Receiver<NodeEvent>,
+    pub(super) telemetry: drover_telemetry::Handle,
+    pub(super) models: watch::Receiver<ModelInventory>,
+    pub(super) sets: watch::Sender<Option<(u64, ClaimSet)>>,
+    pub(super) jobs: mpsc::Sender<Job>,
+}
+
+/// One stream, after its welcome.
+struct Stream {
+    outgoing: mpsc::Sender<SessionRequest>,
+    incoming: Streaming<SessionResponse>,
+    number: u64,
+    session_id: String,
+    ttl: Duration,
+    interval: Duration,
+    /// Heartbeats that are not answered yet: sequence, when sent (CLOCK_BOOTTIME, ns).
+    unanswered: VecDeque<(u64, u64)>,
+    last_answer: Instant,
+    sequence: u64,
+    reports: Reports,
+}
+
+impl Session {
+    /// Keeps a session until it is told to stop.
+    pub async fn keep(mut self, stop: CancellationToken) {
+        let mut first = 0;
+        let mut pause = RETRY_MIN;
+        let mut told = String::new();
+        while !stop.is_cancelled() {
+            let began = Instant::now();
+            let outcome = tokio::select! {
+                outcome = self.stream(first, &stop) => outcome,
+                () = stop.cancelled() => return,
+            };
+            match outcome {
+                Ok(()) => told.clear(),
+                Err(error) => {
+                    let text = format!("{error:#}");
+                    // The same trouble is told once, not with every attempt.
+                    if text == told {
+                        tracing::debug!("no session: {text}");
+                    } else {
+                        tracing::warn!("no session: {text}");
+                    }
+                    told = text;
+                }
+            }
+            // A stream that lasted was a good one: whatever ended it, the next coordinator is asked at once.
+            pause = if began.elapsed() > RETRY_MAX { RETRY_MIN } else { (pause * 2).min(RETRY_MAX) };
+            first = (first + 1) % self.target.len();
+            let jitter = pause.mul_f64(0.5 + 0.5 * rand::random::<f64>());
+            tokio::select! {
+                () = sleep(jitter) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// One stream, from its hello to its end. `Ok` when it ended to be resumed, or because it was told to.
+    async fn stream(&mut self, first: usize, stop: &CancellationToken) -> anyhow::Result<()> {
+        let connection = self.target.connect(first).await?;
+        let mut client = NodeServiceClient::new(connection)
+            .max_decoding_message_size(drover_proto::transport::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(drover_proto::transport::MESSAGE_BYTES_MAX);
+        let (outgoing, requests) = mpsc::channel(OUTGOING);
+        let sent_ns = boottime_ns();
+        outgoing.send(message(session_request::Message::Hello(self.hello().await))).await?;
+        let open = client.session(ReceiverStream::new(requests));
+        let opened = timeout(WELCOME_DEADLINE, open).await.context("the coordinator does not answer")?;
+        let mut incoming = opened.map_err(|status| explain(&status))?.into_inner();
+        let answer = timeout(WELCOME_DEADLINE, incoming.message()).await.context("no answer to the hello in time")?;
+        let answer = answer.map_err(|status| explain(&status))?.context("the coordinator closed the stream")?;
+        let Some(session_response::Message::Welcome(welcome)) = answer.message else {
+            bail!("the coordinator's first message is no welcome");
+        };
+        let mut stream = self.welcomed(welcome, outgoing, incoming, sent_ns)?;
+        self.serve(&mut stream, stop).await
+    }
+
+    async fn hello(&self) -> Hello {
+        let stored = self.identity.stored();
+        Hello {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+            agent_version: VERSION.to_owned(),
+            machine_id: self.about.machine_id.clone(),
+            boot_id: self.about.boot_id.clone(),
+            resume_session_id: stored.session_id,
+            store_generation: stored.store_generation,
+            labels: self.about.labels.clone().into_iter().collect::<HashMap<_, _>>(),
+            capacity: Some(self.about.capacity.clone()),
+            proxy_address: self.about.proxy_address.clone(),
+            runs: self.registry.recorded_runs().await,
+            models: Some(self.models.borrow().clone()),
+        }
+    }
+
+    fn welcomed(
+        &mut self,
+        welcome: Welcome,
+        outgoing: mpsc::Sender<SessionRequest>,
+        incoming: Streaming<SessionResponse>,
+        sent_ns: u64,
+    ) -> anyhow::Result<Stream> {
+        let (ttl, interval) = (milliseconds(welcome.ttl_ms), milliseconds(welcome.heartbeat_interval_ms));
+        if ttl.is_zero() || interval.is_zero() {
+            bail!("the coordinator's welcome has ttl {ttl:?} and heartbeat interval {interval:?}");
+        }
+        if !(PROTOCOL_MIN..=PROTOCOL_MAX).contains(&welcome.protocol) {
+            bail!(
+                "the coordinator speaks protocol {}, this agent {PROTOCOL_MIN} to {PROTOCOL_MAX}: upgrade the older one",
+                welcome.protocol
+            );
+        }
+        self.identity.welcome(&welcome).map_err(anyhow::Error::msg)?;
+        self.registry.context().session.extend(sent_ns, ttl);
+        let session = self.identity.session();
+        tracing::info!(
+            session = welcome.session_id,
+            coordinator = welcome.coordinator,
+            resumed = welcome.resumed,
+            ttl_ms = welcome.ttl_ms,
+            "this node has a session"
+        );
+        self.models.mark_unchanged();
+        self.take_claims(session.number, &session.id, welcome.claims.unwrap_or_default());
+        Ok(Stream {
+            outgoing,
+            incoming,
+            number: session.number,
+            session_id: session.id,
+            ttl,
+            interval,
+            unanswered: VecDeque::new(),
+            last_answer: Instant::now(),
+            sequence: 0,
+            reports: Reports::default(),
+        })
+    }
+
+    async fn serve(&mut self, stream: &mut Stream, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut heartbeat = interval(stream.interval);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut checkpoint = interval(CHECKPOINT_INTERVAL);
+        checkpoint.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut again = interval(REPORT_INTERVAL);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut board = self.registry.context().board.watch();
+        loop {
+            tokio::select! {
+                answer = stream.incoming.message() => match answer {
+                    Ok(Some(answer)) => self.hear(stream, answer),
+                    Ok(None) => bail!("the coordinator closed the stream"),
+                    Err(status) => return Err(explain(&status)),
+                },
+                _ = heartbeat.tick() => {
+                    if stream.last_answer.elapsed() > stream.ttl.mul_f64(0.6) {
+                        bail!("no heartbeat was answered for {} ms", stream.last_answer.elapsed().as_millis());
+                    }
+                    stream.heartbeat()?;
+                }
+                changed = board.changed() => {
+                    changed.context("the board is gone")?;
+                    self.report(stream);
+                }
+                _ = again.tick() => self.report(stream),
+                event = self.events.recv() => {
+                    let event = event.context("the agent ends")?;
+                    stream.send(session_request::Message::Event(event))?;
+                }
+                changed = self.models.changed() => {
+                    changed.context("the agent ends")?;
+                    let models = self.models.borrow_and_update().clone();
+                    stream.send(session_request::Message::Models(models))?;
+                }
+                _ = checkpoint.tick() => stream.send(self.checkpoint())?,
+                () = self.identity.resume_asked() => {
+                    tracing::info!("the session is resumed to settle what is not known");
+                    return Ok(());
+                }
+                () = stop.cancelled() => {
+                    stream.send(self.checkpoint())?;
+                    // Closing our side is what tells the coordinator that this is an orderly end.
+                    let (closed, _) = mpsc::channel(1);
+                    stream.outgoing = closed;
+                    let _ = timeout(Duration::from_millis(500), stream.incoming.message()).await;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn hear(&mut self, stream: &mut Stream, answer: SessionResponse) {
+        match answer.message {
+            Some(session_response::Message::HeartbeatAck(ack)) => {
+                stream.last_answer = Instant::now();
+                while let Some((sequence, sent_ns)) = stream.unanswered.front().copied() {
+                    if sequence > ack.sequence {
+                        break;
+                    }
+                    stream.unanswered.pop_front();
+                    if sequence == ack.sequence {
+                        self.registry.context().session.extend(sent_ns, milliseconds(ack.ttl_ms));
+                    }
+                }
+            }
+            Some(session_response::Message::Offer(offer)) => {
+                if self.jobs.try_send(Job::Offer(Box::new(offer))).is_err() {
+                    tracing::debug!("an offer was passed over: too many claims wait");
+                }
+            }
+            Some(session_response::Message::Claims(set)) => self.take_claims(stream.number, &stream.session_id, set),
+            Some(session_response::Message::StatusAck(ack)) => {
+                if !ack.accepted {
+                    let token = ack.token.unwrap_or_default();
+                    tracing::warn!(instance = ack.instance, %token, "a report was refused: its token is not that of the claim");
+                }
+                stream.reports.acknowledged(&ack);
+            }
+            Some(session_response::Message::Welcome(_)) => tracing::warn!("a second welcome on one stream is ignored"),
+            // Of a newer coordinator: what we do not know we were not to rely on.
+            None => {}
+        }
+    }
+
+    fn take_claims(&self, number: u64, session_id: &str, set: ClaimSet) {
+        self.identity.moved(session_id, set.session_revision);
+        self.sets.send_replace(Some((number, set)));
+    }
+
+    fn report(&self, stream: &mut Stream) {
+        let entries = self.registry.context().board.all();
+        let now = clock::boottime();
+        stream.reports.retain(&entries);
+        for (instance, report) in stream.reports.due(&entries, now) {
+            // What does not fit now is due again at the next round.
+            if stream.send(session_request::Message::Status(report)).is_err() {
+                return;
+            }
+            if let Some(entry) = entries.get(&instance) {
+                stream.reports.sent(&instance, entry.clone(), now);
+            }
+        }
+    }
+
+    fn checkpoint(&self) -> session_request::Message {
+        let checkpoint = self.telemetry.checkpoint();
+        session_request::Message::Checkpoint(SpanCheckpoint {
+            epoch: checkpoint.epoch,
+            highest_sequence: checkpoint.highest_sequence,
+            acknowledged_through: checkpoint.acknowledged_through,
+            given_up: checkpoint.given_up,
+            sampled_out: checkpoint.sampled_out,
+            program: "drover-agent".to_owned(),
+        })
+    }
+}
+
+impl Stream {
+    fn heartbeat(&mut self) -> anyhow::Result<()> {
+        self.sequence += 1;
+        self.unanswered.push_back((self.sequence, boottime_ns()));
+        if self.unanswered.len() > HEARTBEATS_MAX {
+            self.unanswered.pop_front();
+        }
+        self.send(session_request::Message::Heartbeat(Heartbeat { sequence: self.sequence }))
+    }
+
+    /// Puts a message in line; fails when the coordinator has not read for so long that the line is full.
+    fn send(&self, content: session_request::Message) -> anyhow::Result<()> {
+        self.outgoing.try_send(message(content)).map_err(|_| anyhow::anyhow!("the coordinator does not read"))
+    }
+}
+
+fn message(content: session_request::Message) -> SessionRequest {
+    SessionRequest { message: Some(content) }
+}
+
+fn milliseconds(ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(ms).unwrap_or(0))
+}
+
+/// What a refusal means, with the way out.
+fn explain(status: &tonic::Status) -> anyhow::Error {
+    let text = format!("{}: {}", status.code(), status.message());
+    match reason_of(status).as_deref() {
+        Some(reason::SESSION_EXISTS) => anyhow::anyhow!(
+            "the node has a session that this agent does not know; it runs out by itself, and this agent waits for that ({text})"
+        ),
+        Some(reason::NODE_BOUND) => anyhow::anyhow!("this node's name belongs to another machine: rename one ({text})"),
+        Some(reason::UNAUTHENTICATED) => {
+            anyhow::anyhow!("the join secret is not the fleet's: see join_secret_file ({text})")
+        }
+        _ => anyhow::anyhow!("{text}"),
+    }
+}

@@ -1,0 +1,120 @@
+//! The agent's life: what is built in which order, and what its end leaves.
+
+use crate::{
+    config::Settings,
+    host,
+    instance::{
+        arguments::Known,
+        board::Board,
+        context::{Context, Events},
+        registry::Registry,
+        routes::Routes,
+        session::Deadline,
+    },
+    link,
+    lock::{self, Lock},
+    proxy::ProxyHandle,
+};
+use anyhow::{Context as _, ensure};
+use drover_proto::{files, transport::Target, v1::Capacity};
+use std::{path::Path, process::Stdio, sync::Arc, time::Duration};
+use tokio::time::timeout;
+
+/// How long `llama-server --help` may take.
+const HELP_DEADLINE: Duration = Duration::from_secs(20);
+/// How long an agent that is about to end is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// An agent at work.
+#[derive(Debug)]
+pub struct Agent {
+    settings: Arc<Settings>,
+    context: Arc<Context>,
+    link: link::Link,
+    _lock: Lock,
+}
+
+impl Agent {
+    /// Builds and starts everything: the lock, the proxy, what earlier agents left, the link.
+    pub async fn start(settings: Settings, telemetry: drover_telemetry::Handle) -> anyhow::Result<Self> {
+        let settings = Arc::new(settings);
+        let lock = lock::take(&settings.state_dir, LOCK_PATIENCE).await?;
+        let known = known_flags(&settings.llama_server).await?;
+        let proxy = ProxyHandle::ensure(settings.proxy()).await?;
+        let (events, waiting_events) = Events::new();
+        let context = Arc::new(Context {
+            boot_id: host::processes::boot_id().context("boot id")?,
+            known,
+            routes: Routes::new(proxy.clone()),
+            board: Board::default(),
+            session: Deadline::default(),
+            events,
+            settings: settings.clone(),
+        });
+        let registry = Arc::new(Registry::adopt(context.clone()).await.context("what earlier agents left")?);
+        let proxy_address = settings.proxy_advertise.clone().unwrap_or_else(|| proxy.address().to_string());
+        let link = link::start(link::Parts {
+            registry,
+            target: Target::new(&settings.coordinators, &settings.security, Some(&settings.node))?,
+            about: link::session::About {
+                machine_id: host::machine::id(&settings.state_dir)?,
+                boot_id: context.boot_id.clone(),
+                labels: settings.labels.clone(),
+                capacity: Capacity {
+                    memory_bytes: settings.memory_bytes,
+                    cpus: host::machine::cpus(),
+                    gpus: settings.gpus.clone(),
+                },
+                proxy_address,
+            },
+            events: waiting_events,
+            telemetry,
+        })
+        .await?;
+        Ok(Self { settings, context, link, _lock: lock })
+    }
+
+    /// Address of the host's proxy.
+    #[must_use]
+    pub fn proxy_address(&self) -> String {
+        self.context.routes.proxy().address().to_string()
+    }
+
+    /// Waits for the session and writes the ready file.
+    pub async fn ready(&self) -> anyhow::Result<()> {
+        self.link.joined().await;
+        if let Some(path) = &self.settings.ready_file {
+            let content = serde_json::json!({ "proxy": self.proxy_address(), "node": self.settings.node });
+            files::write_atomically(path, content.to_string().as_bytes())
+                .with_context(|| format!("ready_file = {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the agent. Servers, shims and the proxy go on.
+    pub async fn end(self) {
+        if let Some(path) = &self.settings.ready_file {
+            let _ = std::fs::remove_file(path);
+        }
+        self.link.stop(self.settings.end_deadline()).await;
+    }
+}
+
+/// Asks the installed llama-server which flags it knows.
+async fn known_flags(llama_server: &Path) -> anyhow::Result<Known> {
+    #[allow(clippy::disallowed_methods, reason = "asks the program for its flags; it serves nothing and ends at once")]
+    let mut command = tokio::process::Command::new(llama_server);
+    command.arg("--help").env_clear().stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    let shown = llama_server.display();
+    let output = timeout(HELP_DEADLINE, command.output())
+        .await
+        .with_context(|| format!("llama_server = {shown}: --help has not ended within {} s", HELP_DEADLINE.as_secs()))?
+        .with_context(|| format!("llama_server = {shown}"))?;
+    let known = Known::parse(&String::from_utf8_lossy(&output.stdout));
+    ensure!(
+        known.has("--host") && known.has("--metrics"),
+        "llama_server = {shown}: its --help ({}) shows no flags of a llama-server: name llama.cpp's HTTP server",
+        output.status
+    );
+    Ok(known)
+}

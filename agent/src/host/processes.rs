@@ -52,13 +52,18 @@ pub fn find(record: &Record) -> Found {
         Verdict::Gone => Found::Gone,
         Verdict::Other(what) => Found::Other(what),
         Verdict::Unknown(why) => Found::Unknown(why),
-        Verdict::Same => match AsyncFd::register_with_interest(handle, Interest::READABLE) {
+        Verdict::Same => match watch(handle) {
             Ok(handle) => {
                 Found::Living(Living { handle, pid: record.process.pid, start_ticks: record.process.start_ticks })
             }
             Err(error) => Found::Unknown(format!("the handle of pid {} can't be watched: {error}", record.process.pid)),
         },
     }
+}
+
+#[allow(deprecated, reason = "unsound only for types that may close their descriptor early: an OwnedFd does not")]
+fn watch(handle: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(handle, Interest::READABLE)
 }
 
 impl Living {

@@ -1,16 +1,11 @@
 //! The client of the trace backend.
 
-use super::settings::Settings;
+use super::settings::{Headers, Settings};
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTracePartialSuccess, ExportTraceServiceRequest, trace_service_client::TraceServiceClient,
 };
 use std::time::Duration;
-use tonic::{
-    Code, Request, Status,
-    codec::CompressionEncoding,
-    metadata::{Ascii, MetadataKey, MetadataValue},
-    transport::Channel,
-};
+use tonic::{Code, Request, Status, codec::CompressionEncoding, transport::Channel};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 /// When a source is to try again after an error that may soon be over.
@@ -22,7 +17,7 @@ const RETRY_LATER: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub(super) struct Forward {
     client: TraceServiceClient<Channel>,
-    headers: Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>,
+    headers: Headers,
     timeout: Duration,
 }
 

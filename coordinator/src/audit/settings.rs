@@ -3,13 +3,16 @@
 use std::{fmt, time::Duration};
 use tonic::metadata::{Ascii, MetadataKey, MetadataValue};
 
+/// Metadata of every call to the backend.
+pub type Headers = Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>;
+
 /// How spans are handed to the trace backend.
 #[derive(Clone)]
 pub struct Settings {
     /// The backend's OTLP/gRPC endpoint, for example `http://jaeger:4317`; none: spans are only received and counted.
     pub endpoint: Option<http::Uri>,
     /// Metadata of every call, for example an API key. Never printed.
-    pub headers: Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>,
+    pub headers: Headers,
     /// Longest wait for the backend's answer.
     pub timeout: Duration,
     /// Compress what is sent.
@@ -106,7 +109,7 @@ fn endpoint(name: &'static str, text: &str) -> Result<http::Uri, Invalid> {
 }
 
 /// Reads `key=value,key=value`, with values percent-encoded as in W3C baggage.
-fn headers(name: &'static str, text: &str) -> Result<Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>, Invalid> {
+fn headers(name: &'static str, text: &str) -> Result<Headers, Invalid> {
     let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
     pairs
         .enumerate()

@@ -205,12 +205,12 @@ impl Source {
         }
         self.stop.send_replace(true);
         let exporter = self.exporter.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut exporter) = exporter {
-            if tokio::time::timeout_at(until, &mut exporter).await.is_err() {
-                exporter.abort();
-                // Only to have it gone; that it was cancelled is known.
-                let _ = exporter.await;
-            }
+        if let Some(mut exporter) = exporter
+            && tokio::time::timeout_at(until, &mut exporter).await.is_err()
+        {
+            exporter.abort();
+            // Only to have it gone; that it was cancelled is known.
+            let _ = exporter.await;
         }
         self.handle.checkpoint()
     }

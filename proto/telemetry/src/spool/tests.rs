@@ -222,17 +222,11 @@ fn a_disk_that_refuses_costs_spans_that_are_counted_and_nothing_else() {
 fn many_lives_are_all_looked_after_with_a_bounded_number_of_open_files() {
     let root = tempfile::tempdir().unwrap();
     let lives = LIVES_MAX as u128 + 5;
-    let kept: Vec<_> = (1..=lives)
-        .map(|n| {
-            let (mut spool, _) =
-                Spool::open(&root.path().join(format!("{n}")), 1 << 20, || epoch(n), crate::resource::unknown).unwrap();
-            append(&mut spool, 1, 0);
-            n
-        })
-        .collect();
-    for n in kept {
-        std::fs::rename(root.path().join(format!("{n}/{}", epoch(n))), root.path().join(epoch(n))).unwrap();
-        std::fs::remove_dir(root.path().join(format!("{n}"))).unwrap();
+    for n in 1..=lives {
+        // Apart while it lives: the others would take it over otherwise.
+        let apart = tempfile::tempdir_in(root.path()).unwrap();
+        append(&mut open(&apart, n, 1 << 20), 1, 0);
+        std::fs::rename(apart.path().join(epoch(n)), root.path().join(epoch(n))).unwrap();
     }
     let mut spool = open(&root, lives + 1, 1 << 20);
     assert_eq!(spool.earlier.len(), LIVES_MAX);

@@ -1,5 +1,6 @@
 //! What these tests share: the collector of the end-to-end tests, a source that sends to it, and spans in plenty.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "what fails here fails a test")]
 
 #[path = "../../../../tests/src/collector.rs"]
 pub mod collector;

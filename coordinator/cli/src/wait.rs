@@ -39,14 +39,15 @@ pub fn standing(generation: u64, deployment: &Deployment, instances: &[Instance]
         return Standing::Stuck(failed.join("; "));
     }
     let ready = instances.iter().filter(current).filter(|i| i.state() == InstanceState::Ready).count();
-    let leftover = instances.iter().filter(|i| !current(i) && i.state() != InstanceState::Stopped).count();
     let wanted = usize::try_from(deployment.replicas).unwrap_or(0);
-    if ready == wanted && leftover == 0 {
+    let old = instances.iter().filter(|i| !current(i) && i.state() != InstanceState::Stopped).count();
+    let surplus = old + ready.saturating_sub(wanted);
+    if ready == wanted && surplus == 0 {
         return Standing::Ready;
     }
-    let mut text = format!("{ready} of {wanted} ready");
-    if leftover > 0 {
-        text.push_str(&format!(", {leftover} to be stopped"));
+    let mut text = format!("{} of {wanted} ready", ready.min(wanted));
+    if surplus > 0 {
+        text.push_str(&format!(", {surplus} to be stopped"));
     }
     let others: Vec<String> =
         instances.iter().filter(current).filter(|i| i.state() != InstanceState::Ready).map(describe).collect();
@@ -57,7 +58,8 @@ pub fn standing(generation: u64, deployment: &Deployment, instances: &[Instance]
     if others.len() > 3 {
         text.push_str(&format!("; and {} more", others.len() - 3));
     }
-    if !deployment.message.is_empty() && !others.iter().any(|o| o.contains(&deployment.message)) {
+    // Instances say more; without any, the deployment's own word is all there is.
+    if instances.is_empty() && !deployment.message.is_empty() && !text.contains(&deployment.message) {
         text.push_str(": ");
         text.push_str(&deployment.message);
     }
@@ -166,6 +168,8 @@ mod tests {
         assert_eq!(standing(2, &deployment(1), &old), Standing::Waiting("1 of 1 ready, 1 to be stopped".into()));
         let leaving = [instance("a", ready, 2, true), instance("b", InstanceState::Draining, 2, false)];
         assert!(matches!(standing(2, &deployment(1), &leaving), Standing::Waiting(_)));
+        let surplus = [instance("a", ready, 2, true), instance("b", ready, 2, true)];
+        assert_eq!(standing(2, &deployment(1), &surplus), Standing::Waiting("1 of 1 ready, 1 to be stopped".into()));
         let stopped = [instance("a", ready, 2, true), instance("b", InstanceState::Stopped, 2, false)];
         assert_eq!(standing(2, &deployment(1), &stopped), Standing::Ready);
     }
@@ -176,6 +180,8 @@ mod tests {
         pending.message = "no node has 9 GiB free".into();
         let text = "0 of 1 ready; a PENDING (no node has 9 GiB free)";
         assert_eq!(standing(2, &deployment(1), &[pending]), Standing::Waiting(text.into()));
+        let halted = Deployment { message: "claiming is halted".into(), ..deployment(1) };
+        assert_eq!(standing(2, &halted, &[]), Standing::Waiting("0 of 1 ready: claiming is halted".into()));
         let many: Vec<_> = (0..9).map(|n| instance(&format!("i{n}"), InstanceState::Loading, 2, true)).collect();
         let Standing::Waiting(text) = standing(2, &deployment(9), &many) else { panic!("not waiting") };
         assert!(text.ends_with("; and 6 more"), "{text}");

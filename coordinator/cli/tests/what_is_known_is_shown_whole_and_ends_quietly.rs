@@ -58,12 +58,15 @@ async fn events_and_logs_are_lines_and_json_lines() {
 #[tokio::test]
 async fn a_reader_that_leaves_ends_a_stream_quietly() {
     let address = Fake::default().serve().await;
-    let mut child = drover(&address, &["events", "--follow"]).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(lines.next_line().await.unwrap().unwrap().contains("Told"));
-    drop(lines);
-    let output = tokio::time::timeout(SOON, child.wait_with_output()).await.unwrap().unwrap();
-    assert_eq!(parts(&output), (0, String::new(), String::new()));
+    // The second stream has nothing to say after its three events.
+    for words in [["events", "--follow"].as_slice(), &["events", "--follow", "--object", "quiet"]] {
+        let mut child = drover(&address, words).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.next_line().await.unwrap().unwrap().contains("Told"));
+        drop(lines);
+        let output = tokio::time::timeout(SOON, child.wait_with_output()).await.unwrap().unwrap();
+        assert_eq!(parts(&output), (0, String::new(), String::new()), "{words:?}");
+    }
 }
 
 #[tokio::test]

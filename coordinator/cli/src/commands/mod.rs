@@ -48,6 +48,7 @@ pub async fn run(context: Context, command: Command) -> Result<(), Failure> {
         result = Box::pin(one(&context, command)) => result,
         // Should no handler be possible, the default action of the signal remains.
         Ok(()) = tokio::signal::ctrl_c() => Err(Failure::Interrupted(2)),
+        () = crate::output::reader_left() => Err(Failure::ReaderLeft),
     }
 }
 

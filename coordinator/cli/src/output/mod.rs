@@ -9,6 +9,9 @@ use crate::failure::Failure;
 use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
 use std::io::{IsTerminal as _, Write as _};
 
+/// How often it is looked whether there is still a reader.
+const READER_INTERVAL: std::time::Duration = std::time::Duration::from_millis(250);
+
 /// Form of what is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
@@ -140,6 +143,25 @@ impl Output {
         if self.verbose {
             self.notice(text);
         }
+    }
+}
+
+/// Waits until nobody can read standard output any more: a stream that has nothing to say for now would not find out by
+/// writing. Never returns where that can't happen (a file, a terminal).
+pub async fn reader_left() {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    loop {
+        {
+            let stdout = std::io::stdout();
+            // A pipe without readers is in error, whatever is asked for.
+            let mut state = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+            let polled = poll(&mut state, PollTimeout::ZERO);
+            if polled.is_ok() && state[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+                return;
+            }
+        }
+        tokio::time::sleep(READER_INTERVAL).await;
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use tokio::sync::mpsc;
-use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
 use tonic::{Code, Request, Response, Status};
 
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -179,6 +179,10 @@ impl fleet_service_server::FleetService for Fake {
         let request = request.into_inner();
         let event = |revision| Event { object: "fleet".into(), reason: "Told".into(), revision, ..Default::default() };
         let first = (1..=3).map(|n| WatchEventsResponse { event: Some(event(n)) }).collect();
+        if request.follow && request.object == "quiet" {
+            let quiet = tokio_stream::iter((1..=3).map(move |n| Ok(WatchEventsResponse { event: Some(event(n)) })));
+            return Ok(Response::new(Box::pin(quiet.chain(tokio_stream::pending()))));
+        }
         let endless: Option<fn() -> _> = request.follow.then_some(|| WatchEventsResponse {
             event: Some(Event { object: "node/a".into(), reason: "Again".into(), revision: 9, ..Default::default() }),
         });

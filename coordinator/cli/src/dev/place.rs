@@ -155,6 +155,11 @@ mod tests {
         let mut command = std::process::Command::new("/bin/sh");
         command.arg0("llama-server").args(["-c", "read line"]).arg(place.runtime("node-1"));
         let mut child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        // A process has its command line a moment after its start.
+        let began = tokio::time::Instant::now();
+        while place.leftovers().is_empty() && began.elapsed().as_secs() < 10 {
+            std::thread::yield_now();
+        }
         assert_eq!(place.leftovers(), [format!("llama-server (pid {})", child.id())]);
         drop(child.stdin.take());
         child.wait().unwrap();

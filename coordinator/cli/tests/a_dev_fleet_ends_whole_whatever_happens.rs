@@ -75,13 +75,18 @@ impl Bench {
     }
 
     fn dev(&self, words: &[&str]) -> Child {
+        self.dev_on("memory", words)
+    }
+
+    fn dev_on(&self, store: &str, words: &[&str]) -> Child {
         #[allow(clippy::disallowed_methods, reason = "a test runs the program")]
         let mut command = tokio::process::Command::new(self.dir.path().join("drover"));
         for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("DROVER_")) {
             command.env_remove(key);
         }
         command.env("DROVER_LLAMA_SERVER", self.dir.path().join("llama-server"));
-        command.args(["dev", "--store", "memory", "-o", "json"]).args(words).kill_on_drop(true);
+        command.env("DROVER_ETCD", self.dir.path().join("etcd"));
+        command.args(["dev", "--store", store, "-o", "json"]).args(words).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
@@ -165,6 +170,25 @@ async fn a_signal_half_way_ends_what_was_started_and_a_second_one_hurries() {
     let (code, _, err) = parts(&end(child).await);
     assert_eq!(code, 143, "{err}");
     assert_eq!(bench.diary(), ["node-1 deaf", "node-1 down", "coordinator ended"], "{err}");
+}
+
+#[tokio::test]
+async fn a_signal_while_the_store_starts_ends_the_store() {
+    let bench = Bench::new("").await;
+    // It never answers, and says when it has been told to end.
+    bench.script("etcd", &format!("name=etcd; echo etcd started >> DIARY; {UNTIL_TERM}"));
+    let mut child = bench.dev_on("etcd", &[]);
+    let started = async {
+        while bench.diary() != ["etcd started"] {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, started).await.unwrap();
+    signal(&child, Signal::SIGINT);
+    until_told(&mut child, "etcd: ending").await;
+    let (code, _, err) = parts(&end(child).await);
+    assert_eq!(code, 130, "{err}");
+    assert_eq!(bench.diary(), ["etcd ended", "etcd started"], "{err}");
 }
 
 #[tokio::test]

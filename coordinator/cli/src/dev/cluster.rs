@@ -72,9 +72,10 @@ impl Cluster {
             return Ok(None);
         };
         progress.doing("etcd: starting");
-        let (process, url) = etcd::start(&program, &self.place).await?;
-        self.watch(&process);
-        self.etcd = Some(process);
+        let url = etcd::start(&program, &self.place, &mut self.etcd).await?;
+        if let Some(process) = &self.etcd {
+            self.watch(process);
+        }
         progress.done(&format!("etcd answers at {url}"));
         Ok(Some(url))
     }

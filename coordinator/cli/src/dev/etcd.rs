@@ -11,8 +11,9 @@ const ATTEMPTS: usize = 3;
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// Starts it and waits until it answers; gives its URL for clients.
-pub async fn start(program: &Path, place: &Place) -> Result<(Process, String), Failure> {
+/// Starts it and waits until it answers; gives its URL for clients. The process is in `slot` from the moment it exists:
+/// this may be cancelled at any time.
+pub async fn start(program: &Path, place: &Place, slot: &mut Option<Process>) -> Result<String, Failure> {
     let mut last = Failure::Answered("etcd was not started".to_owned());
     for _ in 0..ATTEMPTS {
         let (client, peer) = free_ports().map_err(|e| Failure::Answered(format!("no free port on 127.0.0.1: {e}")))?;
@@ -20,12 +21,11 @@ pub async fn start(program: &Path, place: &Place) -> Result<(Process, String), F
         let log = place.log("etcd");
         let process = Process::start("etcd", program, &arguments(client, peer, &place.data.join("etcd")), &log)
             .map_err(|e| Failure::Answered(format!("{} can't be started: {e}", program.display())))?;
+        let (ended, obituary) = (process.ended(), process.mourner());
+        *slot = Some(process);
         tokio::select! {
-            ready = ready(&address) => {
-                ready?;
-                return Ok((process, format!("http://{address}")));
-            }
-            end = process.ended() => last = Failure::Answered(process.mourner()(end)),
+            ready = ready(&address) => return ready.map(|()| format!("http://{address}")),
+            end = ended => last = Failure::Answered(obituary(end)),
         }
     }
     Err(last)

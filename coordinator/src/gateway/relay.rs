@@ -72,7 +72,7 @@ struct Relay {
     events: Option<Events>,
     place: Option<Place>,
     clock: Clock,
-    /// When the next piece must be there. Moved without touching the timer, which looks again when it fires.
+    /// When the next piece must be there. Put off without touching the timer, which looks again when it fires.
     limit: Instant,
     timer: Pin<Box<Sleep>>,
     tail: Tail,
@@ -134,6 +134,10 @@ impl Relay {
     }
 
     fn poll_timer(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if self.timer.deadline() > self.limit {
+            let limit = self.limit;
+            self.timer.as_mut().reset(limit);
+        }
         loop {
             ready!(self.timer.as_mut().poll(context));
             if Instant::now() >= self.limit {

@@ -12,7 +12,7 @@ pub(super) fn open(headers: &HeaderMap, path: &str, id: &HeaderValue) -> Span {
         "gateway.request",
         otel.kind = "server",
         otel.status_code = Empty,
-        otel.status_message = Empty,
+        otel.status_description = Empty,
         path,
         request_id = id.to_str().unwrap_or_default(),
         model = Empty,
@@ -52,7 +52,7 @@ pub(super) fn status(span: &Span, status: StatusCode) {
 
 pub(super) fn failed(span: &Span, message: &str) {
     span.record("otel.status_code", "ERROR");
-    span.record("otel.status_message", message);
+    span.record("otel.status_description", message);
 }
 
 /// The answer's end: `outcome` is "complete", "broken" or "abandoned".

@@ -1,0 +1,43 @@
+use crate::support::*;
+
+#[tokio::test]
+async fn health_is_of_the_process_and_readiness_of_what_it_needs() {
+    for ready in [true, false] {
+        let bench = Bench::start_with(Options { ready, ..Options::default() }).await;
+        assert_eq!(call(get(&bench.url("/healthz"))).await.status(), 200);
+        let response = call(get(&bench.url("/readyz"))).await;
+        assert_eq!(response.status(), if ready { 200 } else { 503 });
+        let said = json(response).await;
+        assert_eq!(said["ready"], ready);
+        assert_eq!(said["reason"].as_str(), (!ready).then_some("the store does not answer"));
+    }
+}
+
+#[tokio::test]
+async fn metrics_count_what_happened_and_what_there_is() {
+    let (bench, upstream) = Bench::start().await.with_upstream().await;
+    let calling = tokio::spawn(call(chat(&bench, false, 1)));
+    upstream.request().await.answer("{}").await;
+    text(calling.await.unwrap()).await;
+    call(post(&bench.url("/v1/completions"), "nonsense")).await;
+    let calling = tokio::spawn(call(chat(&bench, false, 1)));
+    let _held = upstream.request().await;
+    let response = call(get(&bench.url("/metrics"))).await;
+    assert!(header(&response, "content-type").starts_with("application/openmetrics-text"));
+    let page = text(response).await;
+    for line in [
+        "drover_gateway_requests_total{code=\"2xx\"} 1",
+        "drover_gateway_requests_total{code=\"4xx\"} 1",
+        "drover_gateway_requests_total{code=\"5xx\"} 0",
+        "drover_gateway_in_flight 1",
+        "drover_deployments 1",
+        "drover_instances{state=\"ready\"} 1",
+        "drover_instances{state=\"failed\"} 0",
+        "drover_sessions 0",
+        "drover_spans_received_total 7",
+    ] {
+        assert!(page.lines().any(|l| l == line), "{line}\n{page}");
+    }
+    calling.abort();
+    assert_eq!(call(get(&bench.url("/unknown"))).await.status(), 404);
+}

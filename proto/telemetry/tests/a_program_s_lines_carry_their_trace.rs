@@ -5,17 +5,30 @@
 mod common;
 
 use common::{DEADLINE, collector::Collector};
-use drover_telemetry::{Settings, context};
+use drover_proto::transport::{Security, Target};
+use drover_telemetry::{ExportError, GrpcSink, Settings, Sink, context};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use std::{
     collections::BTreeSet,
     path::Path,
     process::{Command, Output},
+    sync::Arc,
     time::Duration,
 };
 use tracing::Instrument as _;
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+
+/// A sink whose own work is traced: if those spans were recorded, each export would make the next one necessary.
+struct TracedSink(GrpcSink);
+
+#[tonic::async_trait]
+impl Sink for TracedSink {
+    async fn export(&self, batch: ExportTraceServiceRequest) -> Result<(), ExportError> {
+        self.0.export(batch).instrument(tracing::info_span!(target: "drover", "export")).await
+    }
+}
 
 /// Not a test by itself: the program that the tests below run.
 #[tokio::test]
@@ -31,15 +44,9 @@ async fn program() {
         spool_bytes_max: 1 << 20,
     })
     .unwrap();
-    if let Ok(address) = std::env::var("DROVER_TEST_COLLECTOR") {
-        use drover_proto::transport::{Security, Target};
-        let target = Target::new(&[address], &Security::default(), None).unwrap();
-        telemetry.start_export(std::sync::Arc::new(drover_telemetry::GrpcSink::new(target)));
-    } else {
-        let nowhere =
-            drover_proto::transport::Target::new(&["127.0.0.1:9".to_owned()], &Default::default(), None).unwrap();
-        telemetry.start_export(std::sync::Arc::new(drover_telemetry::GrpcSink::new(nowhere)));
-    }
+    let address = std::env::var("DROVER_TEST_COLLECTOR").unwrap_or("127.0.0.1:9".to_owned());
+    let target = Target::new(&[address], &Security::default(), None).unwrap();
+    telemetry.start_export(Arc::new(TracedSink(GrpcSink::new(target))));
     let outer = tracing::info_span!(target: "drover", "outer", instance = "a-1");
     context::set_parent(&outer, PARENT);
     async {
@@ -56,6 +63,15 @@ async fn program() {
     .instrument(outer)
     .await;
     tracing::info!("outside");
+    if std::env::var("DROVER_TEST_COLLECTOR").is_ok() {
+        // While the program still runs, so that a span made by the export would be recorded.
+        let exported = async {
+            while telemetry.handle().checkpoint().acknowledged < 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, exported).await.unwrap();
+    }
     telemetry.shutdown(Duration::from_secs(5)).await;
 }
 

@@ -51,7 +51,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let http =
         TcpListener::bind(config.http_listen).await.with_context(|| format!("http_listen = {}", config.http_listen))?;
     let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
-    let (store, renewals) = open_store(&config).await?;
+    let store = open_store(&config).await?;
 
     let stop = CancellationToken::new();
     let audit = Audit::new(audit::Settings::from_env().context("the trace backend's settings")?);
@@ -66,7 +66,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let statuses = Statuses::new(store.clone(), view.clone(), events.clone());
     let sessions = sessions::Sessions {
         store: store.clone(),
-        renewals,
         view: view.clone(),
         events: events.clone(),
         statuses,
@@ -109,26 +108,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The store, and a second connection to it for renewals alone.
-async fn open_store(config: &Config) -> anyhow::Result<(Store, Store)> {
-    let (store, renewals): (Store, Store) = match config.store {
+/// The store; it renews leases over a connection of their own.
+async fn open_store(config: &Config) -> anyhow::Result<Store> {
+    let store: Store = match config.store {
         StoreKind::Memory => {
             tracing::warn!("the store is this process's memory: nothing survives its end");
-            let store: Store = Arc::new(memory::Memory::start(rand::random()));
-            (store.clone(), store)
+            Arc::new(memory::Memory::start(rand::random()))
         }
         StoreKind::Etcd => {
             let settings = etcd::Settings {
                 prefix: config.etcd_prefix.clone(),
                 ..etcd::Settings::new(config.etcd_endpoints.clone())
             };
-            let connect = || async { etcd::Etcd::connect(settings.clone()).await };
-            (Arc::new(connect().await?), Arc::new(connect().await?))
+            Arc::new(etcd::Etcd::connect(settings).await?)
         }
     };
     let schema = schema::open(&store).await?;
     tracing::info!(generation = schema.value.generation, format = schema.value.format, "the store is open");
-    Ok((store, renewals))
+    Ok(store)
 }
 
 fn cycle(

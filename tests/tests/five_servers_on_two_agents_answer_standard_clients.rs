@@ -19,7 +19,12 @@ async fn python(script: &str, arguments: &[&str]) {
 async fn five_servers_on_two_agents_answer_standard_clients() -> anyhow::Result<()> {
     let cluster = Cluster::start(Plan { coordinators: 2, agents: 2, ..Plan::default() }).await?;
     let chat = cluster.deploy(cluster.spec("chat", 4)).await?;
-    let vectors = DeploymentSpec { model: "vectors".to_owned(), embeddings: true, ..cluster.spec("embed", 1) };
+    let vectors = DeploymentSpec {
+        model: "vectors".to_owned(),
+        embeddings: true,
+        arguments: vec!["--pooling".to_owned(), "mean".to_owned()],
+        ..cluster.spec("embed", 1)
+    };
     let embed = cluster.deploy(vectors).await?;
     let nodes: BTreeSet<_> = chat.iter().map(|i| i.node.as_str()).collect();
     assert_eq!(nodes, BTreeSet::from(["a", "b"]), "both agents serve");

@@ -54,7 +54,8 @@ impl World {
         let capacity = Some(Capacity { memory_bytes, cpus: 1, gpus: vec![] });
         let node = record::Node { capacity, models: Some(models), ..record::Node::default() };
         self.put(keys::node(name), &node, 0).await;
-        let session = record::Session { session_id: format!("s-{name}"), lease, version: 1, ..record::Session::default() };
+        let session =
+            record::Session { session_id: format!("s-{name}"), lease, version: 1, ..record::Session::default() };
         self.put(keys::session(name), &session, lease).await
     }
 
@@ -67,8 +68,13 @@ impl World {
         };
         let revision = record::Revision { spec: Some(spec.clone()), created_at: None };
         self.put(keys::revision(name, 1), &revision, 0).await;
-        let deployment =
-            record::Deployment { spec: Some(spec), generation: 1, revision: 1, replicas, ..record::Deployment::default() };
+        let deployment = record::Deployment {
+            spec: Some(spec),
+            generation: 1,
+            revision: 1,
+            replicas,
+            ..record::Deployment::default()
+        };
         self.put(keys::deployment(name), &deployment, 0).await;
     }
 
@@ -108,7 +114,12 @@ impl World {
     }
 
     async fn report(&self, node: &str, id: &str, token: Token, state: InstanceState) -> bool {
-        let report = StatusReport { instance: id.to_owned(), token: Some(token), state: state.into(), ..StatusReport::default() };
+        let report = StatusReport {
+            instance: id.to_owned(),
+            token: Some(token),
+            state: state.into(),
+            ..StatusReport::default()
+        };
         self.statuses.record(node, &report).await.unwrap()
     }
 
@@ -131,7 +142,8 @@ async fn claims_of_one_node_are_serial_so_that_capacity_is_never_oversold() {
     let session = world.node("a", 15).await;
     let (first, second) = (world.offered("m-222222", &["a"]).await, world.offered("m-333333", &["a"]).await);
     // Both name the session as it was: one wins, whoever it is; the other is dead.
-    let both = tokio::join!(world.claim("a", "m-222222", session, first), world.claim("a", "m-333333", session, second));
+    let both =
+        tokio::join!(world.claim("a", "m-222222", session, first), world.claim("a", "m-333333", session, second));
     let mut refused: Vec<_> = [both.0.clone(), both.1.clone()].into_iter().filter_map(Result::err).collect();
     assert_eq!(refused.pop().as_deref(), Some(reason::SESSION_MOVED), "{both:?}");
     assert!(refused.is_empty(), "{both:?}");
@@ -191,7 +203,8 @@ async fn a_report_under_a_stale_token_changes_nothing() {
     for stale in [token, Token { generation: 0, ..newer }, Token { generation: 2, ..newer }] {
         assert!(!world.report("a", "m-222222", stale, InstanceState::Failed).await);
     }
-    let status: record::Status = records::decode(&world.store.get(&keys::status("m-222222")).await.unwrap().unwrap()).unwrap();
+    let status: record::Status =
+        records::decode(&world.store.get(&keys::status("m-222222")).await.unwrap().unwrap()).unwrap();
     assert_eq!((status.state(), status.token), (InstanceState::Ready, Some(token)), "as the owner left it");
     assert!(world.report("a", "m-222222", newer, InstanceState::Ready).await);
     // The record of one's own ended run may be closed, whoever owns the instance now; it touches nothing else.
@@ -203,7 +216,11 @@ async fn a_report_under_a_stale_token_changes_nothing() {
 }
 
 /// Waits until the view shows what `found` looks for.
-async fn shown(world: &World, what: &str, found: impl Fn(&plan::snapshot::Snapshot) -> bool) -> Arc<plan::snapshot::Snapshot> {
+async fn shown(
+    world: &World,
+    what: &str,
+    found: impl Fn(&plan::snapshot::Snapshot) -> bool,
+) -> Arc<plan::snapshot::Snapshot> {
     let mut snapshots = world.view.subscribe();
     let shown = tokio::time::timeout(WAIT, snapshots.wait_for(|s| found(s))).await;
     shown.unwrap_or_else(|_| panic!("{what}: not in time")).unwrap().clone()
@@ -225,7 +242,10 @@ async fn two_coordinators_have_one_leader_and_what_is_deleted_leaves_no_key() {
         leaders.push(leadership);
     }
     world.deployment("m", 3).await;
-    let offered = shown(&world, "three instances are offered", |s| s.instances.values().filter(|i| i.value.offer.is_some()).count() == 3).await;
+    let offered = shown(&world, "three instances are offered", |s| {
+        s.instances.values().filter(|i| i.value.offer.is_some()).count() == 3
+    })
+    .await;
     assert_eq!(leaders.iter().filter(|l| l.borrow().is_some()).count(), 1);
     let mut moved = session;
     let mut owned = Vec::new();

@@ -103,7 +103,7 @@ impl Service {
     async fn follow(&self) -> Result<std::convert::Infallible, Error> {
         let listing = self.store.list("").await?;
         let mut watch = self.store.watch("", listing.revision + 1).await?;
-        let (mut snapshot, problems) = records::snapshot(&listing);
+        let (mut snapshot, problems) = records::snapshot_after(&listing, &self.publish.borrow());
         for problem in problems {
             tracing::error!(error = %problem, "a record of the store is left out");
         }

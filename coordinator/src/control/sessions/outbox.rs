@@ -7,12 +7,25 @@ use drover_proto::v1::{
 };
 use std::collections::BTreeMap;
 
+/// Time that an offer's best candidate has before the others are told, in milliseconds: placement is meant, and a few
+/// round trips of the best node are worth waiting for.
+const HEAD_START_MS: i64 = 250;
+
+/// What became of an offer on this stream.
+#[derive(Debug, Default)]
+struct Seen {
+    revision: i64,
+    /// When it was first seen, by this coordinator's clock.
+    first_ms: i64,
+    sent: bool,
+}
+
 /// Memory of one session's stream.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     claims: Option<(Vec<OwnedClaim>, Vec<EndRun>, i64)>,
-    /// Revision of the last offer sent, by instance.
-    offers: BTreeMap<String, i64>,
+    /// The last offer seen, by instance.
+    offers: BTreeMap<String, Seen>,
     /// Runs that the node has on record, as far as they have not been reported as ended.
     runs: Vec<RecordedRun>,
 }
@@ -45,8 +58,9 @@ impl Outbox {
         set
     }
 
-    /// What to send now.
-    pub(super) fn due(&mut self, snapshot: &Snapshot, node: &str, now_ms: i64) -> Vec<SessionResponse> {
+    /// What to send now, and when (in milliseconds since the epoch) to ask again though nothing has changed.
+    pub(super) fn due(&mut self, snapshot: &Snapshot, node: &str, now_ms: i64) -> (Vec<SessionResponse>, Option<i64>) {
+        let mut again = None;
         let mut messages = Vec::new();
         let set = claim_set(snapshot, node, &self.runs);
         let told = self.claims.as_ref().is_some_and(|(claims, ends, revision)| {
@@ -57,13 +71,23 @@ impl Outbox {
             messages.push(Message::Claims(set));
         }
         self.offers.retain(|id, _| snapshot.instances.contains_key(id));
-        for offer in offers(snapshot, node, now_ms) {
-            if self.offers.get(&offer.instance) != Some(&offer.offer_revision) {
-                self.offers.insert(offer.instance.clone(), offer.offer_revision);
-                messages.push(Message::Offer(offer));
+        for (offer, rank) in offers(snapshot, node, now_ms) {
+            let seen = self.offers.entry(offer.instance.clone()).or_default();
+            if seen.revision != offer.offer_revision {
+                *seen = Seen { revision: offer.offer_revision, first_ms: now_ms, sent: false };
             }
+            let not_before_ms = seen.first_ms + if rank == 0 { 0 } else { HEAD_START_MS };
+            if seen.sent {
+                continue;
+            }
+            if not_before_ms > now_ms {
+                again = Some(again.map_or(not_before_ms, |at: i64| at.min(not_before_ms)));
+                continue;
+            }
+            seen.sent = true;
+            messages.push(Message::Offer(offer));
         }
-        messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect()
+        (messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect(), again)
     }
 }
 
@@ -104,12 +128,12 @@ fn end_run(snapshot: &Snapshot, node: &str, run: &RecordedRun) -> Option<EndRun>
     }
 }
 
-/// Offers to this node that still stand and have not been used.
-fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = Offer> {
+/// Offers to this node that still stand and have not been used, each with the node's rank among the candidates.
+fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = (Offer, usize)> {
     snapshot.instances.iter().filter_map(move |(id, instance)| {
         let offer = instance.value.offer.as_ref()?;
+        let rank = offer.candidates.iter().position(|c| c == node)?;
         let stands = instance.value.wanted
-            && offer.candidates.iter().any(|c| c == node)
             && offer.deadline.as_ref().map_or(0, clock::millis) > now_ms
             && !snapshot.claims.contains_key(id)
             && snapshot.taken.get(id).is_none_or(|t| t.mod_revision < instance.mod_revision);
@@ -117,7 +141,7 @@ fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = 
             return None;
         }
         let spec = snapshot.spec_of(&instance.value)?.clone();
-        Some(Offer {
+        let told = Offer {
             instance: id.clone(),
             offer_revision: instance.mod_revision,
             memory_bytes: spec.memory_bytes.unwrap_or(0),
@@ -126,6 +150,84 @@ fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = 
             deadline: offer.deadline,
             halt_generation: offer.halt_generation,
             traceparent: instance.value.traceparent.clone(),
-        })
+        };
+        Some((told, rank))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::snapshot::Stored;
+    use drover_proto::{store::v1 as record, v1::DeploymentSpec};
+    use std::sync::Arc;
+
+    const NOW: i64 = 1_000_000;
+
+    fn stored<T>(value: T, mod_revision: i64) -> Arc<Stored<T>> {
+        Arc::new(Stored { value, create_revision: 1, mod_revision })
+    }
+
+    fn offered(revision: i64) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        let spec = Some(DeploymentSpec { name: "m".to_owned(), ..DeploymentSpec::default() });
+        snapshot.revisions.insert(format!("m/{:020}", 1), stored(record::Revision { spec, created_at: None }, 1));
+        let offer = record::Offer {
+            candidates: vec!["a".to_owned(), "b".to_owned()],
+            deadline: Some(clock::timestamp(NOW + 5000)),
+            halt_generation: 0,
+        };
+        let instance = record::Instance {
+            deployment: "m".to_owned(),
+            revision: 1,
+            wanted: true,
+            offer: Some(offer),
+            ..record::Instance::default()
+        };
+        snapshot.instances.insert("m-222222".to_owned(), stored(instance, revision));
+        snapshot
+    }
+
+    fn offers_in(messages: &[SessionResponse]) -> usize {
+        messages.iter().filter(|m| matches!(m.message, Some(Message::Offer(_)))).count()
+    }
+
+    #[test]
+    fn the_best_candidate_has_a_head_start_and_each_offer_is_sent_once() {
+        let snapshot = offered(7);
+        let (mut best, mut other) = (Outbox::new(vec![]), Outbox::new(vec![]));
+        assert_eq!(offers_in(&best.due(&snapshot, "a", NOW).0), 1);
+        assert_eq!(offers_in(&best.due(&snapshot, "a", NOW + 1).0), 0);
+        let (messages, again) = other.due(&snapshot, "b", NOW);
+        assert_eq!((offers_in(&messages), again), (0, Some(NOW + HEAD_START_MS)));
+        let (messages, again) = other.due(&snapshot, "b", NOW + HEAD_START_MS);
+        assert_eq!((offers_in(&messages), again), (1, None));
+        assert_eq!(offers_in(&Outbox::new(vec![]).due(&snapshot, "c", NOW).0), 0, "it names a and b");
+        assert_eq!(offers_in(&best.due(&offered(9), "a", NOW).0), 1, "another offer");
+    }
+
+    #[test]
+    fn a_run_is_ended_only_when_superseded_by_a_ready_one_or_wanted_no_more() {
+        let run = RecordedRun {
+            instance: "m-222222".to_owned(),
+            token: Some(Token { generation: 1, revision: 5 }),
+            alive: true,
+            memory_bytes: 1,
+        };
+        let ends = |snapshot: &Snapshot| claim_set(snapshot, "a", std::slice::from_ref(&run)).end_runs;
+        let mut snapshot = offered(7);
+        snapshot.schema = Some(stored(record::Schema { generation: 1, format: 1, oldest_writer: 1 }, 1));
+        assert_eq!(ends(&snapshot), [], "wanted, and nobody else has it");
+        let claim = record::Claim { node: "b".to_owned(), ..record::Claim::default() };
+        snapshot.claims.insert("m-222222".to_owned(), stored(claim, 9));
+        assert_eq!(ends(&snapshot), [], "another owner, not ready yet");
+        let token = Token { generation: 1, revision: 9 };
+        let status =
+            record::Status { token: Some(token), state: InstanceState::Ready.into(), ..record::Status::default() };
+        snapshot.statuses.insert("m-222222".to_owned(), stored(status, 10));
+        assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: Some(token) }]);
+        snapshot.claims.clear();
+        snapshot.instances.clear();
+        assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: None }]);
+    }
 }

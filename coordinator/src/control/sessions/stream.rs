@@ -39,10 +39,8 @@ type Answers = mpsc::Sender<Result<SessionResponse, Status>>;
 /// Serves sessions.
 #[derive(Debug, Clone)]
 pub struct Sessions {
-    /// For everything but renewals.
+    /// The store; it renews leases over a connection of their own.
     pub store: Store,
-    /// For renewals alone: a connection of their own.
-    pub renewals: Store,
     /// The view.
     pub view: View,
     /// Events.
@@ -133,12 +131,12 @@ impl Sessions {
         let (beats, heartbeats) = mpsc::channel(4);
         let (reports, reported) = mpsc::channel(REPORTS);
         let (closed, mut ended) = mpsc::channel(REPORTS);
-        let renew = renew(self.renewals.clone(), opened.lease, heartbeats, answers.clone());
+        let renew = renew(self.store.clone(), opened.lease, heartbeats, answers.clone());
         let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone(), closed);
         let mut snapshots = self.view.subscribe();
         let talk = async {
             loop {
-                let due = {
+                let (due, again_ms) = {
                     let snapshot = snapshots.borrow_and_update().clone();
                     if let Err(gone) = still_ours(&snapshot, &node, &opened) {
                         let _ = answers.send(Err(gone)).await;
@@ -152,6 +150,7 @@ impl Sessions {
                     }
                 }
                 tokio::select! {
+                    () = until(again_ms) => {}
                     changed = snapshots.changed() => if changed.is_err() { return },
                     Some(instance) = ended.recv() => {
                         outbox.ended(&instance);
@@ -233,6 +232,17 @@ impl Sessions {
             }
         }
         Err(store::Error::Unavailable("the record was changed by others three times in a row".to_owned()))
+    }
+}
+
+/// Waits until a time of the wall clock; for ever when there is none.
+async fn until(at_ms: Option<i64>) {
+    match at_ms {
+        None => std::future::pending().await,
+        Some(at) => {
+            let left = u64::try_from(at - clock::now_ms()).unwrap_or(0);
+            tokio::time::sleep(Duration::from_millis(left)).await;
+        }
     }
 }
 

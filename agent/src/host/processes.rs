@@ -97,10 +97,10 @@ impl Living {
         let members = session_members(self.pid, self.start_ticks)?;
         let result = self.signal(Signal::SIGKILL);
         for member in members {
-            if let Err(error) = sys::pidfd_signal(member.as_fd(), Signal::SIGKILL) {
-                if error.raw_os_error() != Some(libc::ESRCH) {
-                    tracing::warn!(session = self.pid, %error, "a member of the session can't be ended");
-                }
+            if let Err(error) = sys::pidfd_signal(member.as_fd(), Signal::SIGKILL)
+                && error.raw_os_error() != Some(libc::ESRCH)
+            {
+                tracing::warn!(session = self.pid, %error, "a member of the session can't be ended");
             }
         }
         result

@@ -64,10 +64,10 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     let mut record: Option<Record> = read(&context, &instance, &directory.record());
     if record.is_none() {
         record = rebuild(&context, &instance, spec.as_ref());
-        if let Some(record) = &record {
-            if let Err(error) = durable::write(&directory.record(), record) {
-                tracing::error!(instance, %error, "the rebuilt record is not on disk");
-            }
+        if let Some(record) = &record
+            && let Err(error) = durable::write(&directory.record(), record)
+        {
+            tracing::error!(instance, %error, "the rebuilt record is not on disk");
         }
     }
     let claim = claim(&context, &instance, &directory, spec.as_ref(), record.as_ref());

@@ -201,7 +201,9 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> super::sta
         }
     };
     let exit = timeout(EXIT_DEADLINE, wait).await.ok();
-    let last_lines = last_words(&directory.log());
+    // A log that a signal cut off ends anywhere: only its errors tell something.
+    let signalled = exit.as_ref().is_some_and(|exit| exit.signal.is_some());
+    let last_lines = last_words(&directory.log(), !signalled);
     match exit {
         None => super::state::Ended { last_lines, ..Default::default() },
         Some(exit) => {
@@ -232,8 +234,8 @@ pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> 
     claim.write(directory.path())
 }
 
-/// The last lines of a log that tell of an error; the last line of all when none does.
-fn last_words(directory: &Path) -> String {
+/// The last lines of a log that tell of an error; when none does, the last line of all, if `any` will do.
+fn last_words(directory: &Path, any: bool) -> String {
     const TAIL_BYTES: u64 = 16 << 10;
     const LINES_MAX: usize = 3;
     const LINE_CHARS_MAX: usize = 300;
@@ -251,7 +253,7 @@ fn last_words(directory: &Path) -> String {
     let tells_error =
         |line: &&&str| line.contains(" E ") || line.starts_with("error") || line.starts_with("drover-shim:");
     let mut chosen: Vec<&str> = lines.iter().filter(tells_error).copied().collect();
-    if chosen.is_empty() {
+    if chosen.is_empty() && any {
         chosen.extend(lines.last());
     }
     let first = chosen.len().saturating_sub(LINES_MAX);

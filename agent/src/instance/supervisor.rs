@@ -223,14 +223,8 @@ impl Supervisor {
         if before.phase != self.state.phase {
             self.since = clock::now();
             self.trace(before.phase);
-            tracing::info!(
-                instance = self.claim.instance,
-                from = ?before.phase,
-                to = ?self.state.phase,
-                pid = self.pid(),
-                "{}",
-                self.state.message
-            );
+            let why = if self.state.message.is_empty() { String::new() } else { format!(": {}", self.state.message) };
+            tracing::info!(from = ?before.phase, pid = self.pid(), token = %self.claim.token, "{:?}{why}", self.state.phase);
             self.keep();
         }
         // A route is in force before its consequence is told: who hears "ready" may send requests at once.

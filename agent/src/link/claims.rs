@@ -93,7 +93,7 @@ impl Claims {
             halt_generation: offer.halt_generation.max(self.identity.stored().halt_generation),
             ..ClaimRequest::default()
         };
-        let patience = offer.deadline.as_ref().map_or(CLAIM_DEADLINE, |d| clock::until(d)).min(CLAIM_DEADLINE);
+        let patience = offer.deadline.as_ref().map_or(CLAIM_DEADLINE, clock::until).min(CLAIM_DEADLINE);
         match self.claim(request, patience, &span).await {
             Some(response) => {
                 self.refusals.remove(&offer.instance);

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 /// How often the last set of claims is applied again, and unowned runs are claimed again.
 const AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the model roots are looked through.
-const INVENTORY_INTERVAL: Duration = Duration::from_secs(15);
+const INVENTORY_INTERVAL: Duration = Duration::from_secs(5);
 /// Claims that wait for their turn; further offers are passed over, they come again.
 const CLAIMS_WAITING: usize = 256;
 

@@ -41,10 +41,11 @@ impl Reports {
 
     /// An acknowledgement has come. It is for the last report only when token and state are those of it.
     pub fn acknowledged(&mut self, ack: &StatusAck) {
-        if let Some(sent) = self.sent.get_mut(&ack.instance) {
-            if Some(sent.entry.token) == ack.token && i32::from(sent.entry.state) == ack.state {
-                sent.acknowledged = true;
-            }
+        if let Some(sent) = self.sent.get_mut(&ack.instance)
+            && Some(sent.entry.token) == ack.token
+            && i32::from(sent.entry.state) == ack.state
+        {
+            sent.acknowledged = true;
         }
     }
 

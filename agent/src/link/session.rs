@@ -270,9 +270,8 @@ impl Session {
                 }
             }
             Some(session_response::Message::Offer(offer)) => {
-                if self.jobs.try_send(Job::Offer(Box::new(offer))).is_err() {
-                    tracing::debug!("an offer was passed over: too many claims wait");
-                }
+                let queued = self.jobs.try_send(Job::Offer(Box::new(offer)));
+                tracing::debug!(taken = queued.is_ok(), "an offer has come");
             }
             Some(session_response::Message::Claims(set)) => self.take_claims(stream.number, &stream.session_id, set),
             Some(session_response::Message::StatusAck(ack)) => {

@@ -58,14 +58,12 @@ impl Scan<'_> {
                 } else if !is_link {
                     self.folder(&path, depth - 1);
                 }
-            } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
-                if let Ok(real) = fs::canonicalize(&path) {
-                    if self.roots.iter().any(|root| real.starts_with(root)) {
-                        if let Some(real) = real.to_str() {
-                            self.files.insert(real.to_owned(), meta.len());
-                        }
-                    }
-                }
+            } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+                && let Ok(real) = fs::canonicalize(&path)
+                && self.roots.iter().any(|root| real.starts_with(root))
+                && let Some(real) = real.to_str()
+            {
+                self.files.insert(real.to_owned(), meta.len());
             }
         }
     }

@@ -1,0 +1,93 @@
+//! Whatever an instance is doing, a stop ends it, and nothing of it is left.
+#![allow(clippy::disallowed_methods, reason = "a test may put a file where it likes")]
+
+mod support;
+use drover_proto::v1::{DeploymentSpec, InstanceState};
+use nix::sys::signal::Signal;
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::TcpStream,
+};
+use support::{Node, is_alive, signal, tiny, wait_for};
+
+async fn nothing_is_left(node: &Node, instance: &str) {
+    let (directory, socket) = (node.directory(instance), node.path("state/run").join(format!("{instance}.sock")));
+    wait_for("the files to go", || (!directory.path().exists() && !socket.exists()).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_ready_server() {
+    let node = Node::start().await;
+    let ready = node.run("tiny-234567").await;
+    node.coordinator.stop("tiny-234567");
+    let stopped = node.reported("tiny-234567", InstanceState::Stopped).await;
+    assert_eq!((stopped.exit_code, stopped.pid), (Some(0), 0));
+    assert!(!is_alive(ready.pid));
+    nothing_is_left(&node, "tiny-234567").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_server_that_ignores_sigterm() {
+    let node = Node::start().await;
+    node.coordinator.offer("tiny-234567", DeploymentSpec { stop_grace_ms: Some(300), ..tiny() });
+    let ready = node.reported("tiny-234567", InstanceState::Ready).await;
+    // A stopped process takes no SIGTERM until it is continued.
+    signal(ready.pid, Signal::SIGSTOP);
+    node.coordinator.stop("tiny-234567");
+    let stopped = node.reported("tiny-234567", InstanceState::Stopped).await;
+    assert_eq!(stopped.exit_signal, Some(9));
+    nothing_is_left(&node, "tiny-234567").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_start_in_flight() {
+    let node = Node::start().await;
+    for n in 0..20 {
+        let instance =
+            format!("tiny-2345{}{}", ["6", "7"][n % 2], ["b", "c", "d", "f", "g", "h", "j", "k", "m", "n"][n / 2]);
+        node.coordinator.offer(&instance, tiny());
+        wait_for("the claim", || node.coordinator.state().owned.contains_key(&instance).then_some(())).await;
+        node.coordinator.stop(&instance);
+        node.reported(&instance, InstanceState::Stopped).await;
+        nothing_is_left(&node, &instance).await;
+    }
+    let servers = std::fs::read_dir(node.path("state/instances")).unwrap().count();
+    assert_eq!(servers, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_an_agent_that_was_killed_meanwhile() {
+    let mut node = Node::start().await;
+    let ready = node.run("tiny-234567").await;
+    node.kill_agent();
+    node.coordinator.stop("tiny-234567");
+    node.start_agent().await;
+    node.reported("tiny-234567", InstanceState::Stopped).await;
+    assert!(!is_alive(ready.pid));
+    nothing_is_left(&node, "tiny-234567").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn but_requests_in_flight_are_answered_first() {
+    let node = Node::start().await;
+    let ready = node.run("tiny-234567").await;
+    let addresses: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(node.path("ready.json")).unwrap()).unwrap();
+    let mut stream = TcpStream::connect(addresses["proxy"].as_str().unwrap()).unwrap();
+    let body = r#"{"prompt": "once", "stream": true, "max_tokens": 400, "temperature": 0, "ignore_eos": true}"#;
+    write!(
+        stream,
+        "POST /i/tiny-234567/v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    assert!(lines.next().unwrap().contains("200"));
+    lines.find(|line| line.starts_with("data: ")).expect("a first chunk");
+    node.coordinator.stop("tiny-234567");
+    node.reported("tiny-234567", InstanceState::Draining).await;
+    assert!(is_alive(ready.pid), "it is not asked to end while a request is in flight");
+    assert!(lines.any(|line| line == "data: [DONE]"), "the stream was cut");
+    node.reported("tiny-234567", InstanceState::Stopped).await;
+}

@@ -1,0 +1,300 @@
+//! A coordinator that follows a script: it keeps the rules of the session and of claims, in memory, and lets a test say
+//! which answers get lost.
+
+use drover_proto::{
+    status::{reason, with_reason},
+    transport::{Admit, Security},
+    v1::{
+        ClaimRequest, ClaimResponse, ClaimSet, DeploymentSpec, EndRun, HeartbeatAck, Hello, InstanceState, NodeEvent,
+        Offer, OwnedClaim, SessionRequest, SessionResponse, StatusAck, StatusReport, Token, Welcome,
+        node_service_server::{NodeService, NodeServiceServer},
+        session_request, session_response,
+    },
+};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, SystemTime},
+};
+use tokio::sync::mpsc;
+use tokio_stream::{
+    Stream, StreamExt as _,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+/// What becomes of a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Grant,
+    /// It is made, and the answer is lost.
+    GrantUnheard,
+    /// It is not made, and the answer is lost.
+    Lost,
+    Refuse(&'static str),
+}
+
+#[derive(Debug)]
+pub struct State {
+    pub hellos: Vec<Hello>,
+    pub welcomes: Vec<Welcome>,
+    pub reports: Vec<StatusReport>,
+    pub events: Vec<NodeEvent>,
+    pub claims: Vec<ClaimRequest>,
+    pub answers: VecDeque<Answer>,
+    pub owned: BTreeMap<String, OwnedClaim>,
+    pub end_runs: Vec<EndRun>,
+    /// False: sessions are refused, heartbeats are not answered.
+    pub answering: bool,
+    /// False: the session has run out, whatever the agent knows.
+    pub alive: bool,
+    pub ttl_ms: i64,
+    pub generation: u64,
+    session_id: String,
+    session_revision: i64,
+    revision: i64,
+    specs: BTreeMap<String, DeploymentSpec>,
+    stream: Option<mpsc::Sender<Result<SessionResponse, Status>>>,
+}
+
+#[derive(Clone)]
+struct Service(Arc<Mutex<State>>);
+
+pub struct Coordinator {
+    address: SocketAddr,
+    service: Service,
+}
+
+impl Coordinator {
+    pub async fn start() -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let service = Service(Arc::new(Mutex::new(State {
+            hellos: Vec::new(),
+            welcomes: Vec::new(),
+            reports: Vec::new(),
+            events: Vec::new(),
+            claims: Vec::new(),
+            answers: VecDeque::new(),
+            owned: BTreeMap::new(),
+            end_runs: Vec::new(),
+            answering: true,
+            alive: true,
+            ttl_ms: 3_000,
+            generation: 1,
+            session_id: "none".to_owned(),
+            session_revision: 0,
+            revision: 100,
+            specs: BTreeMap::new(),
+            stream: None,
+        })));
+        let server = NodeServiceServer::with_interceptor(service.clone(), Admit::new(Security::default()));
+        tokio::spawn(
+            drover_proto::transport::server().add_service(server).serve_with_incoming(TcpListenerStream::new(listener)),
+        );
+        Self { address, service }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.service.0.lock().unwrap()
+    }
+
+    pub fn last_report(&self, instance: &str) -> Option<StatusReport> {
+        self.state().reports.iter().rev().find(|r| r.instance == instance).cloned()
+    }
+
+    pub fn offer(&self, instance: &str, spec: DeploymentSpec) {
+        let mut state = self.state();
+        state.revision += 1;
+        state.specs.insert(instance.to_owned(), spec.clone());
+        let offer = Offer {
+            instance: instance.to_owned(),
+            offer_revision: state.revision,
+            spec: Some(spec),
+            revision: 1,
+            deadline: Some((SystemTime::now() + Duration::from_secs(10)).into()),
+            ..Offer::default()
+        };
+        state.send(session_response::Message::Offer(offer));
+    }
+
+    /// Changes what is owned and sends the set.
+    pub fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state();
+        change(&mut state);
+        state.revision += 1;
+        state.send_claims();
+    }
+
+    pub fn stop(&self, instance: &str) {
+        self.change(|state| state.owned.get_mut(instance).unwrap().wanted = false);
+    }
+
+    /// Cuts the session's stream.
+    pub fn cut(&self) {
+        self.state().stream = None;
+    }
+
+    /// The session runs out: its claims are gone, and the stream with them.
+    pub fn expire(&self) {
+        let mut state = self.state();
+        state.alive = false;
+        state.owned.clear();
+        state.stream = None;
+    }
+}
+
+impl State {
+    fn set(&self) -> ClaimSet {
+        ClaimSet {
+            claims: self.owned.values().cloned().collect(),
+            revision: self.revision,
+            session_revision: self.session_revision,
+            end_runs: self.end_runs.clone(),
+        }
+    }
+
+    fn send(&mut self, message: session_response::Message) {
+        if let Some(stream) = &self.stream {
+            // The agent may be gone: the next stream begins with all that counts.
+            let _ = stream.try_send(Ok(SessionResponse { message: Some(message) }));
+        }
+    }
+
+    pub fn send_claims(&mut self) {
+        let set = self.set();
+        self.send(session_response::Message::Claims(set));
+    }
+
+    fn welcome(&mut self, hello: &Hello) -> Welcome {
+        let resumed = self.alive && hello.resume_session_id == self.session_id;
+        self.revision += 1;
+        self.session_revision = self.revision;
+        if !resumed {
+            self.owned.clear();
+            self.session_id = format!("session-{}", self.revision);
+            self.alive = true;
+        }
+        let welcome = Welcome {
+            protocol: 1,
+            session_id: self.session_id.clone(),
+            session_revision: self.session_revision,
+            ttl_ms: self.ttl_ms,
+            heartbeat_interval_ms: 200,
+            store_generation: self.generation,
+            cluster_id: 7,
+            claims: Some(self.set()),
+            resumed,
+            coordinator: "script".to_owned(),
+        };
+        self.hellos.push(hello.clone());
+        self.welcomes.push(welcome.clone());
+        welcome
+    }
+
+    fn take(&mut self, message: session_request::Message) {
+        match message {
+            session_request::Message::Heartbeat(heartbeat) if self.answering => {
+                let ack = HeartbeatAck { sequence: heartbeat.sequence, ttl_ms: self.ttl_ms };
+                self.send(session_response::Message::HeartbeatAck(ack));
+            }
+            session_request::Message::Status(report) => {
+                let accepted = self.owned.get(&report.instance).is_some_and(|c| c.token == report.token);
+                let ack =
+                    StatusAck { instance: report.instance.clone(), token: report.token, accepted, state: report.state };
+                self.send(session_response::Message::StatusAck(ack));
+                if accepted {
+                    if report.state() == InstanceState::Stopped {
+                        self.owned.remove(&report.instance);
+                        self.revision += 1;
+                        self.send_claims();
+                    }
+                    self.reports.push(report);
+                }
+            }
+            session_request::Message::Event(event) => self.events.push(event),
+            _ => {}
+        }
+    }
+
+    fn claim(&mut self, request: &ClaimRequest) -> Result<ClaimResponse, Status> {
+        self.claims.push(request.clone());
+        let refuse = |why| Err(with_reason(Code::FailedPrecondition, why, "as the script says"));
+        if request.session_id != self.session_id || request.session_revision != self.session_revision {
+            return refuse(reason::SESSION_MOVED);
+        }
+        let answer = self.answers.pop_front().unwrap_or(Answer::Grant);
+        match answer {
+            Answer::Refuse(why) => return refuse(why),
+            Answer::Lost => return Err(Status::unavailable("the connection broke")),
+            Answer::Grant | Answer::GrantUnheard => {}
+        }
+        if self.owned.contains_key(&request.instance) {
+            return refuse(reason::ALREADY_CLAIMED);
+        }
+        self.revision += 1;
+        self.session_revision = self.revision;
+        let token = Token { generation: self.generation, revision: self.revision };
+        let spec = self.specs.get(&request.instance).cloned();
+        let claim = OwnedClaim {
+            instance: request.instance.clone(),
+            token: Some(token),
+            wanted: true,
+            spec: spec.clone(),
+            revision: 1,
+            memory_bytes: request.memory_bytes,
+            traceparent: String::new(),
+        };
+        self.owned.insert(request.instance.clone(), claim);
+        self.send_claims();
+        if answer == Answer::GrantUnheard {
+            return Err(Status::unavailable("the connection broke"));
+        }
+        Ok(ClaimResponse { token: Some(token), session_revision: self.session_revision, spec, revision: 1 })
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for Service {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = requests.message().await?.and_then(|m| m.message);
+        let Some(session_request::Message::Hello(hello)) = first else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let (sender, responses) = mpsc::channel(1024);
+        {
+            let mut state = self.0.lock().unwrap();
+            if !state.answering {
+                return Err(Status::unavailable("not now"));
+            }
+            let welcome = state.welcome(&hello);
+            state.stream = Some(sender);
+            state.send(session_response::Message::Welcome(welcome));
+        }
+        let service = self.clone();
+        tokio::spawn(async move {
+            while let Some(Ok(request)) = requests.next().await {
+                if let Some(message) = request.message {
+                    service.0.lock().unwrap().take(message);
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+    }
+
+    async fn claim(&self, request: Request<ClaimRequest>) -> Result<Response<ClaimResponse>, Status> {
+        self.0.lock().unwrap().claim(request.get_ref()).map(Response::new)
+    }
+}

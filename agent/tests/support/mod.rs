@@ -1,0 +1,210 @@
+//! A stage for the agent's tests: the real agent, shim and llama-server, and a coordinator that follows a script.
+#![allow(
+    dead_code,
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr
+)]
+#![allow(missing_docs, unused_imports, reason = "each test uses a part of this")]
+
+pub mod coordinator;
+
+pub use coordinator::{Answer, Coordinator};
+use drover_proto::v1::{DeploymentSpec, InstanceState, StatusReport};
+use drover_shim::{
+    durable, identity,
+    record::{Directory, Record, Spec},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Longest wait for anything.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until a condition holds; fails with what was waited for.
+pub async fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+pub fn is_alive(pid: i64) -> bool {
+    identity::stat(i32::try_from(pid).unwrap()).is_ok_and(|s| s.state != 'Z')
+}
+
+pub fn signal(pid: i64, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
+}
+
+pub fn llama_server() -> PathBuf {
+    std::env::var_os("DROVER_LLAMA_SERVER")
+        .map(PathBuf::from)
+        .filter(|path| path.is_file())
+        .expect("DROVER_LLAMA_SERVER must name a llama-server: run tests/run, which provides one")
+}
+
+/// A node: its folders, its agent while one runs, and the coordinator that it talks to.
+pub struct Node {
+    pub root: tempfile::TempDir,
+    pub coordinator: Coordinator,
+    pub agent: Option<Child>,
+    pub config: String,
+}
+
+impl Node {
+    /// A node whose agent has a session.
+    pub async fn start() -> Self {
+        Self::with("").await
+    }
+
+    /// The same, with more lines in the agent's configuration file.
+    pub async fn with(config: &str) -> Self {
+        let mut node = Self {
+            root: tempfile::Builder::new().prefix("drover").tempdir().unwrap(),
+            coordinator: Coordinator::start().await,
+            agent: None,
+            config: config.to_owned(),
+        };
+        fs::create_dir(node.path("models")).unwrap();
+        drover::tiny_model::write(&node.path("models/tiny.gguf"), 1).unwrap();
+        node.start_agent().await;
+        node
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    pub fn directory(&self, instance: &str) -> Directory {
+        Directory::new(self.path("state/instances").join(instance))
+    }
+
+    pub fn record(&self, instance: &str) -> Record {
+        durable::read(&self.directory(instance).record()).unwrap()
+    }
+
+    pub fn spec(&self, instance: &str) -> Spec {
+        durable::read(&self.directory(instance).spec()).unwrap()
+    }
+
+    /// Starts an agent and waits until it has a session and has written its ready file.
+    pub async fn start_agent(&mut self) {
+        let sessions = self.coordinator.state().hellos.len();
+        self.spawn_agent();
+        let ready = self.path("ready.json");
+        let coordinator = &self.coordinator;
+        wait_for("the agent's session", || {
+            (coordinator.state().hellos.len() > sessions && ready.exists()).then_some(())
+        })
+        .await;
+    }
+
+    pub fn spawn_agent(&mut self) {
+        let config = self.path("agent.toml");
+        fs::write(&config, &self.config).unwrap();
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.path("agent.log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_drover-agent"));
+        command
+            .arg("--config")
+            .arg(config)
+            .args(["--node", "host-1", "--proxy-listen", "127.0.0.1:0", "--memory-bytes", "100000000000"])
+            .args(["--coordinators", &self.coordinator.address().to_string()])
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .arg("--model-roots")
+            .arg(self.path("models"))
+            .arg("--llama-server")
+            .arg(llama_server())
+            .arg("--shim")
+            .arg(shim())
+            .arg("--ready-file")
+            .arg(self.path("ready.json"))
+            .args(["--log-filter", "info,drover_agent=debug"])
+            .stdin(Stdio::null())
+            .stderr(log);
+        self.agent = Some(command.spawn().unwrap());
+    }
+
+    pub fn kill_agent(&mut self) {
+        let mut agent = self.agent.take().unwrap();
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        let _ = fs::remove_file(self.path("ready.json"));
+    }
+
+    /// Ends the agent by SIGTERM.
+    pub async fn end_agent(&mut self) {
+        let mut agent = self.agent.take().unwrap();
+        signal(i64::from(agent.id()), Signal::SIGTERM);
+        let status = wait_for("the agent's end", || agent.try_wait().unwrap()).await;
+        assert!(status.success(), "{status}");
+    }
+
+    /// Offers an instance and waits until it is ready.
+    pub async fn run(&self, instance: &str) -> StatusReport {
+        self.coordinator.offer(instance, tiny());
+        self.reported(instance, InstanceState::Ready).await
+    }
+
+    /// Waits until the last report of an instance says this.
+    pub async fn reported(&self, instance: &str, state: InstanceState) -> StatusReport {
+        self.report(&format!("{instance} to be {state:?}"), instance, |r| r.state() == state).await
+    }
+
+    pub async fn report(&self, what: &str, instance: &str, fits: impl Fn(&StatusReport) -> bool) -> StatusReport {
+        wait_for(what, || self.coordinator.last_report(instance).filter(|r| fits(r))).await
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+        let mut down = Command::new(env!("CARGO_BIN_EXE_drover-agent"));
+        let down = down.arg("down").arg("--state-dir").arg(self.path("state")).output().unwrap();
+        if std::thread::panicking() {
+            eprintln!("--- agent.log\n{}", self.log());
+        } else {
+            assert!(down.status.success(), "down: {}", String::from_utf8_lossy(&down.stderr));
+        }
+    }
+}
+
+/// The shim lies beside the agent, as built by the workspace.
+pub fn shim() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_drover-agent")).with_file_name("drover-shim");
+    assert!(path.is_file(), "{} is not built: run tests/run, or cargo build --workspace", path.display());
+    path
+}
+
+pub fn tiny() -> DeploymentSpec {
+    DeploymentSpec {
+        name: "tiny".to_owned(),
+        model_path: "tiny.gguf".to_owned(),
+        context_tokens: Some(512),
+        slots: Some(1),
+        threads: Some(1),
+        ..DeploymentSpec::default()
+    }
+}

@@ -1,5 +1,5 @@
 //! A server that does not answer its probes is unrouted and left alive; when it answers again it gets requests again.
-#![allow(clippy::disallowed_methods, reason = "a test may put a file where it likes")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use drover_proto::v1::InstanceState;

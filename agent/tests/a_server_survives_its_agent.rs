@@ -1,5 +1,5 @@
 //! An agent that is killed, or ends, leaves its servers; the next one takes them back, in the same session.
-#![allow(clippy::disallowed_methods, reason = "a test may put a file where it likes")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use drover_proto::v1::InstanceState;

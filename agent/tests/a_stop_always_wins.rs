@@ -1,5 +1,5 @@
 //! Whatever an instance is doing, a stop ends it, and nothing of it is left.
-#![allow(clippy::disallowed_methods, reason = "a test may put a file where it likes")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use drover_proto::v1::{DeploymentSpec, InstanceState};

@@ -1,5 +1,5 @@
 //! `drover-agent down` ends servers, shims and the proxy of a state folder, and touches nothing while an agent lives.
-#![allow(clippy::disallowed_methods, reason = "tests start programs")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use std::process::{Command, Output};

@@ -1,5 +1,5 @@
 //! The record is on disk before the program's first instruction, and an end of the shim in between leaves nothing.
-#![allow(clippy::disallowed_methods, reason = "tests start programs")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use drover_shim::{

@@ -1,4 +1,5 @@
 //! Exit code, signal, a program that can't be executed; and everything of the server ends with it.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
 use std::fs;

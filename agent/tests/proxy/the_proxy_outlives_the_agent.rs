@@ -105,3 +105,12 @@ async fn a_port_that_is_taken_is_said_with_the_proxys_own_words() {
     let error = format!("{:#}", ProxyHandle::ensure(settings).await.unwrap_err());
     assert!(error.contains(&format!("proxy_listen = {listen}")), "{error}");
 }
+
+#[tokio::test]
+async fn a_proxy_that_does_not_end_in_time_is_killed() {
+    let host = Host::start().await;
+    let pid = host.proxy().pid();
+    kill(pid, Signal::SIGSTOP);
+    host.end().await;
+    assert!(!alive(pid));
+}

@@ -87,10 +87,10 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         // Nothing of a failed test may live on: end what was recorded, if it is still that.
-        if let Ok(record) = record::read::<Record>(&self.directory.record()) {
-            if identity::verify(&record.process, Some(&record.shim)) == identity::Verdict::Same {
-                kill(record.process.pid);
-            }
+        if let Ok(record) = record::read::<Record>(&self.directory.record())
+            && identity::verify(&record.process, Some(&record.shim)) == identity::Verdict::Same
+        {
+            kill(record.process.pid);
         }
     }
 }

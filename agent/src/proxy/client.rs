@@ -5,14 +5,14 @@
 
 use super::{
     ProxySettings,
+    peer::{self, END_MARGIN, Peer},
     route::Route,
     spawn,
-    wire::{FromAgent, FromProxy, Reader, Writer},
+    wire::{FromAgent, FromProxy},
 };
 use anyhow::{Context as _, anyhow, bail};
-use std::{collections::BTreeMap, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
-    net::{UnixStream, unix::OwnedWriteHalf},
     process::Child,
     sync::watch,
     task::JoinHandle,
@@ -21,15 +21,12 @@ use tokio::{
 
 /// A proxy must have answered within this time after its start.
 const START_DEADLINE: Duration = Duration::from_secs(10);
-const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
-const HELLO_DEADLINE: Duration = Duration::from_secs(5);
-const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 /// How often a socket is tried while its proxy starts.
 const START_POLL: Duration = Duration::from_millis(10);
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// Longer than the order's own deadline, for the process to end.
-const END_MARGIN: Duration = Duration::from_secs(2);
+
+pub use peer::end_at;
 
 /// What the proxy should do.
 #[derive(Debug, Default, Clone)]
@@ -155,14 +152,15 @@ impl ProxyHandle {
         self.0.observed.borrow().version.clone()
     }
 
-    /// Ends the proxy: it drains for at most `within`, then cuts what is left. Returns when the process is gone.
+    /// Ends the proxy: it drains for at most `within`, then cuts what is left, and is killed when it does not. Returns when
+    /// the process is gone.
     ///
     /// # Errors
-    /// It has not ended in time.
+    /// It could not be ended.
     pub async fn end(self, within: Duration) -> anyhow::Result<()> {
         self.0.desired.send_modify(|desired| desired.end = Some(within));
         let mut observed = self.0.observed.clone();
-        let ended = timeout(within + 2 * END_MARGIN, observed.wait_for(|o| o.ended.is_some())).await;
+        let ended = timeout(within + 4 * END_MARGIN, observed.wait_for(|o| o.ended.is_some())).await;
         match ended.map(|o| o.map(|o| o.ended.clone())) {
             Ok(Ok(Some(result))) => result.map_err(|error| anyhow!("the proxy has not ended: {error}")),
             _ => bail!("the proxy has not ended in time (pid {})", self.pid()),
@@ -170,54 +168,10 @@ impl ProxyHandle {
     }
 }
 
-/// Ends the proxy that serves a runtime folder, for a program that does not supervise it. False when there was none.
-///
-/// # Errors
-/// It can't be reached, or has not ended in time.
-pub async fn end_at(runtime_dir: &Path, within: Duration) -> anyhow::Result<bool> {
-    let path = runtime_dir.join("proxy.sock");
-    let stream = match connect(&path).await {
-        Ok(stream) => stream,
-        Err(error) if nobody_listens(&error) => return Ok(false),
-        Err(error) => return Err(error).with_context(|| format!("{} can't be reached", path.display())),
-    };
-    let (read, write) = stream.into_split();
-    order_end(&mut Reader::new(read), &mut Writer::new(write), within).await.context("the proxy has not ended")?;
-    Ok(true)
-}
-
-fn nobody_listens(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-}
-
-fn timed_out(what: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, what)
-}
-
-async fn connect(path: &Path) -> io::Result<UnixStream> {
-    timeout(CONNECT_DEADLINE, UnixStream::connect(path)).await.map_err(|_| timed_out("it does not accept"))?
-}
-
-async fn send(writer: &mut Writer<OwnedWriteHalf>, message: &FromAgent) -> io::Result<()> {
-    timeout(WRITE_DEADLINE, writer.send(message)).await.map_err(|_| timed_out("it does not read"))?
-}
-
-/// Orders the end and waits for the end of the connection, which lasts as long as the process.
-async fn order_end(
-    reader: &mut Reader<tokio::net::unix::OwnedReadHalf>,
-    writer: &mut Writer<OwnedWriteHalf>,
-    within: Duration,
-) -> io::Result<()> {
-    let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
-    send(writer, &FromAgent::End { within_ms }).await?;
-    let gone = async { while let Ok(Some(_)) = reader.next::<FromProxy>().await {} };
-    timeout(within + END_MARGIN, gone).await.map_err(|_| timed_out("it lives on after the time given"))
-}
-
 /// How a connection to the proxy ended.
 enum Over {
-    /// By our own order: the process is gone.
-    Ended,
+    /// By our own order: the process is gone, or why not.
+    Ended(Result<(), String>),
     /// The agent's handle is gone.
     Released,
     /// Otherwise: look again.
@@ -238,14 +192,13 @@ impl Supervisor {
         let mut delay = RETRY_MIN;
         loop {
             let began = Instant::now();
-            let problem = match connect(&self.settings.control_socket()).await {
-                Ok(stream) => match self.talk(stream, &mut child).await {
-                    Ok(Over::Ended) => {
+            let problem = match Peer::connect(&self.settings.control_socket()).await {
+                Ok(peer) => match self.talk(peer).await {
+                    Ok(Over::Ended(result)) => {
                         if let Some(mut child) = child {
-                            // Its connection has closed, so it is about to be gone.
                             let _ = timeout(END_MARGIN, child.wait()).await;
                         }
-                        self.observed.send_modify(|o| o.ended = Some(Ok(())));
+                        self.observed.send_modify(|o| o.ended = Some(result));
                         return;
                     }
                     Ok(Over::Released) => return,
@@ -259,7 +212,7 @@ impl Supervisor {
                     self.observed.send_modify(|o| o.ended = Some(Ok(())));
                     return;
                 }
-                Err(error) if nobody_listens(&error) => match self.start().await {
+                Err(error) if peer::nobody_listens(&error) => match self.start().await {
                     Ok(started) => {
                         child = Some(started);
                         continue;
@@ -297,7 +250,7 @@ impl Supervisor {
                 if let Some(status) = child.try_wait().context("the proxy can't be waited for")? {
                     bail!("the proxy ended at its start with {status}: {}", spawn::last_words(&self.settings));
                 }
-                if connect(&self.settings.control_socket()).await.is_ok() {
+                if Peer::connect(&self.settings.control_socket()).await.is_ok() {
                     return Ok(());
                 }
                 sleep(START_POLL).await;
@@ -313,13 +266,8 @@ impl Supervisor {
         }
     }
 
-    async fn talk(&mut self, stream: UnixStream, child: &mut Option<Child>) -> io::Result<Over> {
-        let (read, write) = stream.into_split();
-        let (mut reader, mut writer) = (Reader::new(read), Writer::new(write));
-        let hello = timeout(HELLO_DEADLINE, reader.next()).await.map_err(|_| timed_out("it does not say hello"))?;
-        let Some(FromProxy::Hello { pid, version, address }) = hello? else {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it did not say hello"));
-        };
+    async fn talk(&mut self, mut peer: Peer) -> io::Result<Over> {
+        let peer::Hello { pid, version, address } = peer.hello.clone();
         if version != drover_proto::VERSION || (self.settings.listen.port() != 0 && self.settings.listen != address) {
             // Replacing it would cut streams: an upgrade of the proxy is an act of its own.
             tracing::info!(version, %address, "a living proxy of other version or settings is kept");
@@ -336,29 +284,19 @@ impl Supervisor {
         loop {
             let desired = self.desired.borrow_and_update().clone();
             if let Some(within) = desired.end {
-                let ended = order_end(&mut reader, &mut writer, within).await;
-                if let Err(error) = ended {
-                    // Only a child of ours can be ended without doubt about who it is.
-                    match child.as_mut().filter(|child| child.id() == Some(pid)) {
-                        Some(child) => child.kill().await?,
-                        None => {
-                            self.observed.send_modify(|o| o.ended = Some(Err(format!("pid {pid}: {error}"))));
-                            return Ok(Over::Released);
-                        }
-                    }
-                }
-                return Ok(Over::Ended);
+                let ended = peer.end(within).await;
+                return Ok(Over::Ended(ended.map_err(|error| format!("{error:#}"))));
             }
             if let Some(routes) = desired.routes.filter(|_| desired.sequence > sent) {
                 let message = FromAgent::Routes { sequence: desired.sequence, routes: routes.to_vec() };
-                send(&mut writer, &message).await?;
+                peer.send(&message).await?;
                 sent = desired.sequence;
             }
             tokio::select! {
                 changed = self.desired.changed() => if changed.is_err() {
                     return Ok(Over::Released);
                 },
-                message = reader.next::<FromProxy>() => match message? {
+                message = peer.next() => match message? {
                     Some(FromProxy::State { applied, in_flight }) => {
                         self.observed.send_modify(|o| (o.applied, o.in_flight) = (applied, in_flight));
                     }

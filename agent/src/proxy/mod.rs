@@ -11,6 +11,7 @@ mod control;
 mod forward;
 mod logs;
 mod own_log;
+mod peer;
 pub mod route;
 mod serve;
 mod spawn;

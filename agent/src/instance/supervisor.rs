@@ -244,7 +244,7 @@ impl Supervisor {
             Action::Open | Action::Close => self.context.routes.set(self.route()).await,
             Action::Drain(ms) => {
                 let (context, instance) = (self.context.clone(), self.claim.instance.clone());
-                self.task(async move {
+                self.task(self.spans.current(), async move {
                     if !context.routes.wait_drained(&instance, Duration::from_millis(ms)).await {
                         tracing::warn!(instance, "requests were still in flight at the end of drain_timeout_ms = {ms}");
                     }
@@ -283,7 +283,8 @@ impl Supervisor {
         let Some((living, record)) = &self.run else { return };
         let (living, record, directory) = (living.clone(), record.clone(), self.directory.clone());
         let watched = living.clone();
-        self.task(async move {
+        // In no span: it lives as long as the process, and would keep the start's span open.
+        self.task(Span::none(), async move {
             watched.ended().await;
             Event::Ended(run::ended(&directory, Some(&record)).await)
         });
@@ -314,15 +315,15 @@ impl Supervisor {
         });
     }
 
-    /// A task of the present run, which ends in an event.
-    fn task(&mut self, work: impl Future<Output = Event> + Send + 'static) {
+    /// A task of the present run, which ends in an event; done within a span.
+    fn task(&mut self, span: Span, work: impl Future<Output = Event> + Send + 'static) {
         let (messages, number) = (self.messages.clone(), self.number);
         self.tasks.spawn(
             async move {
                 let event = work.await;
                 let _ = messages.send((number, Message::Event(event))).await;
             }
-            .instrument(self.spans.current()),
+            .instrument(span),
         );
     }
 

@@ -3,7 +3,7 @@
 use super::{Context, fetch};
 use crate::{arguments::Apply, failure::Failure, progress::Progress, trace::Trace, wait};
 use drover_proto::{
-    text,
+    ids, text,
     v1::{ApplyDeploymentRequest, ApplyDeploymentResponse, DeploymentSpec},
 };
 use std::{io::Read as _, path::Path};
@@ -18,7 +18,8 @@ pub async fn run(context: &Context, options: &Apply) -> Result<(), Failure> {
     let client = context.client()?;
     let generation = match options.generation {
         Some(generation) => generation,
-        None if name.is_empty() => 0,
+        // No deployment can have such a name: apply says what is wrong with it, and with everything else.
+        None if ids::check_deployment_name(&name).is_err() => 0,
         None => fetch::deployment(&client, &name).await?.map_or(0, |d| d.generation),
     };
     let trace = Trace::begin();

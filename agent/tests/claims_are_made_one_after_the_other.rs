@@ -11,6 +11,7 @@ use support::{Answer, Node, tiny, wait_for};
 #[tokio::test(flavor = "multi_thread")]
 async fn each_with_the_revision_of_the_one_before() {
     let node = Node::start().await;
+    node.coordinator.state().announcing = false;
     let names = ["tiny-222222", "tiny-333333", "tiny-444444"];
     for name in names {
         node.coordinator.offer(name, tiny());

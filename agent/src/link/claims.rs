@@ -104,8 +104,10 @@ impl Claims {
     }
 
     async fn again(&mut self, run: Unowned) {
-        let deadline_passed = self.registry.context().session.has_passed();
-        if deadline_passed || !self.registry.reserve_again(&run.instance).await {
+        let context = self.registry.context().clone();
+        // An earlier round may have claimed it meanwhile.
+        let owned = context.board.get(&run.instance).is_some_and(|entry| entry.owned);
+        if owned || context.session.has_passed() || !self.registry.reserve_again(&run.instance).await {
             return;
         }
         let request = ClaimRequest {
@@ -119,7 +121,7 @@ impl Claims {
         match self.claim(request, CLAIM_DEADLINE, &span).await {
             Some(response) => {
                 let message = format!("claimed again under token {}", response.token.unwrap_or_default());
-                self.registry.context().events.tell(&run.instance, "Reclaimed", Severity::Info, message);
+                context.events.tell(&run.instance, "Reclaimed", Severity::Info, message);
                 self.registry.claimed(won(&run.instance, response, run.memory_bytes), Span::none()).await;
             }
             None => self.registry.release(&run.instance).await,

@@ -50,6 +50,8 @@ pub struct State {
     pub answering: bool,
     /// False: the session has run out, whatever the agent knows.
     pub alive: bool,
+    /// False: a claim that was made is told by its own answer only.
+    pub announcing: bool,
     pub ttl_ms: i64,
     pub generation: u64,
     session_id: String,
@@ -82,6 +84,7 @@ impl Coordinator {
             end_runs: Vec::new(),
             answering: true,
             alive: true,
+            announcing: true,
             ttl_ms: 3_000,
             generation: 1,
             session_id: "none".to_owned(),
@@ -252,7 +255,9 @@ impl State {
             traceparent: String::new(),
         };
         self.owned.insert(request.instance.clone(), claim);
-        self.send_claims();
+        if self.announcing {
+            self.send_claims();
+        }
         if answer == Answer::GrantUnheard {
             return Err(Status::unavailable("the connection broke"));
         }

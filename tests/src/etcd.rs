@@ -4,7 +4,10 @@
 
 use anyhow::{Context, bail, ensure};
 use nix::{
-    sys::signal::{self, Signal},
+    sys::{
+        signal::{self, Signal},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
     unistd::Pid,
 };
 use rand::RngExt;
@@ -103,12 +106,18 @@ impl Etcd {
         line.with_context(|| format!("etcd has no figure {name}"))?.trim().parse().context("etcd's figure")
     }
 
-    /// Halts it where it is (SIGSTOP): connections stay open and nothing answers.
+    /// Halts it where it is (SIGSTOP): connections stay open and nothing answers from the return of this call on.
     ///
     /// # Errors
     /// When it does not run.
     pub fn stop(&self) -> anyhow::Result<()> {
-        self.signal(Signal::SIGSTOP)
+        self.signal(Signal::SIGSTOP)?;
+        // The signal is on its way; until every thread has stopped, one may still answer.
+        let pid = Pid::from_raw(self.pid().context("etcd does not run")?.try_into()?);
+        match waitpid(pid, Some(WaitPidFlag::WUNTRACED))? {
+            WaitStatus::Stopped(..) => Ok(()),
+            other => bail!("etcd did not stop: {other:?}"),
+        }
     }
 
     /// Lets it go on after [`Etcd::stop`].

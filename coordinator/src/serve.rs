@@ -12,7 +12,7 @@ use crate::{
 };
 use anyhow::Context as _;
 use drover_proto::{
-    DESCRIPTORS, VERSION,
+    DESCRIPTORS, VERSION, limits,
     transport::{self, Admit, Security},
     v1::{fleet_service_server::FleetServiceServer, node_service_server::NodeServiceServer},
 };
@@ -183,7 +183,7 @@ async fn serve_grpc(
     stop: CancellationToken,
 ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
     let admit = Admit::new(security.clone());
-    let max = transport::MESSAGE_BYTES_MAX;
+    let max = limits::MESSAGE_BYTES_MAX;
     let fleet = FleetServiceServer::new(fleet).max_decoding_message_size(max);
     let node = NodeServiceServer::new(node).max_decoding_message_size(max);
     let traces = audit.service().max_decoding_message_size(max).accept_compressed(CompressionEncoding::Gzip);

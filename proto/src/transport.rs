@@ -5,7 +5,6 @@
 //! Rule: no listener beyond loopback without a secret, and, while the secret travels unencrypted, only with
 //! `allow_plaintext`, which says so aloud.
 
-use crate::limits;
 use std::{fmt, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use subtle::ConstantTimeEq as _;
 use tonic::{
@@ -324,12 +323,16 @@ pub fn endpoint(uri: http::Uri) -> Endpoint {
         .tcp_nodelay(true)
 }
 
-fn is_loopback(host: &str) -> bool {
+/// Whether a host, as it stands in a URI, is this machine: only there may the secret travel unencrypted unasked.
+#[must_use]
+pub fn is_loopback(host: &str) -> bool {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with all of its causes, in one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {
@@ -338,9 +341,6 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
-
-/// Largest message that servers decode, in bytes; set on every service.
-pub const MESSAGE_BYTES_MAX: usize = limits::MESSAGE_BYTES_MAX;
 
 #[cfg(test)]
 mod tests {

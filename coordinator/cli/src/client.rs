@@ -83,7 +83,7 @@ impl Client {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         let fleet = FleetServiceClient::new(self.connected().await?)
-            .max_decoding_message_size(drover_proto::transport::MESSAGE_BYTES_MAX);
+            .max_decoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX);
         match tokio::time::timeout(CALL_TIMEOUT, call(fleet)).await {
             Ok(Ok(response)) => Ok(Ok(response.into_inner())),
             Ok(Err(status)) if is_transport(&status) => Ok(Err(status)),

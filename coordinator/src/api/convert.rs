@@ -1,12 +1,14 @@
 //! PURE. Records of the store as messages of the API.
 
 use crate::plan::snapshot::{Snapshot, Stored};
+use drover_proto::status::{reason, with_reason};
 use drover_proto::{
     limits::defaults,
     store::v1 as record,
     v1::{self, InstanceState},
 };
 use prost_types::Timestamp;
+use tonic::{Code, Status};
 
 /// A deployment; `unplaced` says why some instance of it finds no node.
 pub(super) fn deployment(
@@ -106,4 +108,9 @@ pub(super) fn node(snapshot: &Snapshot, name: &str, stored: &Stored<record::Node
         since,
         message: if session.is_some() { String::new() } else { "no session: its lease ran out".to_owned() },
     }
+}
+
+/// NOT_FOUND for an instance.
+pub(super) fn no_instance(id: &str) -> Status {
+    with_reason(Code::NotFound, reason::NOT_FOUND, format!("there is no instance {id}"))
 }

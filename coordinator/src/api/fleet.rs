@@ -156,7 +156,7 @@ impl FleetService for Fleet {
     ) -> Result<Response<v1::GetInstanceResponse>, Status> {
         let (id, snapshot) = (request.into_inner().id, self.snapshot()?);
         ids::check_instance_id(&id).map_err(|e| invalid_field("id", e.to_string()))?;
-        let stored = snapshot.instances.get(&id).ok_or_else(|| no_instance(&id))?;
+        let stored = snapshot.instances.get(&id).ok_or_else(|| convert::no_instance(&id))?;
         Ok(Response::new(v1::GetInstanceResponse { instance: Some(convert::instance(&snapshot, &id, stored)) }))
     }
 
@@ -190,8 +190,4 @@ impl FleetService for Fleet {
         let stream = logs::stream(&snapshot, &self.proxies, request.into_inner()).await?;
         Ok(Response::new(self.until_stop(stream)))
     }
-}
-
-pub(super) fn no_instance(id: &str) -> Status {
-    with_reason(Code::NotFound, reason::NOT_FOUND, format!("there is no instance {id}"))
 }

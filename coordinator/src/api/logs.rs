@@ -1,6 +1,6 @@
 //! Logs of an instance: read by the proxy of the node that owns it, which lives while the agent is away.
 
-use super::fleet::no_instance;
+use super::convert::no_instance;
 use crate::{gateway::ProxyClient, plan::snapshot::Snapshot};
 use drover_proto::{
     ids,

@@ -1,7 +1,7 @@
 //! The way to the hosts' proxies: pooled connections, the secret, one attempt of a request, and logs.
 
 use bytes::Bytes;
-use drover_proto::transport::Security;
+use drover_proto::transport::{Security, chain, is_loopback};
 use futures::{Stream, TryStreamExt as _};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -10,7 +10,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use std::{io, net::IpAddr, time::Duration};
+use std::{io, time::Duration};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::{
     codec::{FramedRead, LinesCodec, LinesCodecError},
@@ -200,19 +200,4 @@ async fn proxy_error(word: String, response: Response<Incoming>) -> Error {
 
 fn status_text(status: StatusCode) -> String {
     format!("HTTP status {status}")
-}
-
-fn is_loopback(host: &str) -> bool {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }

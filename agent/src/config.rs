@@ -1,15 +1,17 @@
 //! The agent's configuration: a TOML file, then environment variables, then flags; checked as a whole before anything
 //! starts.
 
-use crate::{host, instance::state::Policy, proxy::ProxySettings};
+mod given;
+#[cfg(test)]
+mod tests;
+
+use crate::{host, proxy::ProxySettings};
 use anyhow::{Context as _, bail, ensure};
-use clap::Args;
 use drover_proto::{
     config, ids, limits,
     transport::{Secret, Security, Target},
     v1::Gpu,
 };
-use serde::Deserialize;
 use std::{
     collections::BTreeMap,
     fs,
@@ -20,136 +22,10 @@ use std::{
     time::Duration,
 };
 
+pub use given::{File, Flags, Restarts};
+
 /// Longest path of a unix socket, in bytes, its end included.
 const SOCKET_PATH_MAX: usize = 108;
-
-/// The configuration file.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct File {
-    node: Option<String>,
-    coordinators: Option<Vec<String>>,
-    state_dir: Option<PathBuf>,
-    runtime_dir: Option<PathBuf>,
-    llama_server: Option<PathBuf>,
-    llama_server_environment: BTreeMap<String, String>,
-    model_roots: Option<Vec<PathBuf>>,
-    proxy_listen: Option<SocketAddr>,
-    proxy_advertise: Option<String>,
-    memory_bytes: Option<i64>,
-    labels: Option<BTreeMap<String, String>>,
-    gpus: Vec<GpuEntry>,
-    shim: Option<PathBuf>,
-    ready_file: Option<PathBuf>,
-    join_secret_file: Option<PathBuf>,
-    allow_plaintext: Option<bool>,
-    log_filter: Option<String>,
-    log_json: Option<bool>,
-    spool_bytes_max: Option<u64>,
-    restarts: Restarts,
-}
-
-/// A GPU, declared.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GpuEntry {
-    uuid: String,
-    #[serde(default)]
-    name: String,
-    memory_bytes: i64,
-}
-
-/// When a server that ended is started again, and when it is unrouted. `[restarts]` in the file.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Restarts {
-    backoff_first_ms: u64,
-    backoff_max_ms: u64,
-    quick_ends_max: u32,
-    stable_ms: u64,
-}
-
-impl Default for Restarts {
-    fn default() -> Self {
-        let policy = Policy::default();
-        Self {
-            backoff_first_ms: policy.backoff_first_ms,
-            backoff_max_ms: policy.backoff_max_ms,
-            quick_ends_max: policy.quick_ends_max,
-            stable_ms: policy.stable_ms,
-        }
-    }
-}
-
-impl Restarts {
-    /// As the state machine has it.
-    #[must_use]
-    pub fn policy(&self) -> Policy {
-        Policy {
-            backoff_first_ms: self.backoff_first_ms,
-            backoff_max_ms: self.backoff_max_ms,
-            quick_ends_max: self.quick_ends_max,
-            stable_ms: self.stable_ms,
-            ..Policy::default()
-        }
-    }
-}
-
-/// Flags; each may be given as an environment variable `DROVER_…` too.
-#[derive(Debug, Clone, Default, Args)]
-pub struct Flags {
-    /// Configuration file (TOML).
-    #[arg(long, env = "DROVER_CONFIG")]
-    pub config: Option<PathBuf>,
-    /// Name of this node, unique in the fleet.
-    #[arg(long, env = "DROVER_NODE")]
-    pub node: Option<String>,
-    /// Coordinators, host:port with commas between them.
-    #[arg(long, env = "DROVER_COORDINATORS", value_delimiter = ',')]
-    pub coordinators: Option<Vec<String>>,
-    /// Folder for everything that must survive a restart.
-    #[arg(long, env = "DROVER_STATE_DIR")]
-    pub state_dir: Option<PathBuf>,
-    /// Folder for sockets; its path must be short. Default: run below the state folder.
-    #[arg(long, env = "DROVER_RUNTIME_DIR")]
-    pub runtime_dir: Option<PathBuf>,
-    /// The llama-server to run.
-    #[arg(long, env = "DROVER_LLAMA_SERVER")]
-    pub llama_server: Option<PathBuf>,
-    /// Folders below which model files may lie, with commas between them.
-    #[arg(long, env = "DROVER_MODEL_ROOTS", value_delimiter = ',')]
-    pub model_roots: Option<Vec<PathBuf>>,
-    /// Address that this node's proxy listens on.
-    #[arg(long, env = "DROVER_PROXY_LISTEN")]
-    pub proxy_listen: Option<SocketAddr>,
-    /// Address of the proxy as coordinators reach it. Default: the one that it listens on.
-    #[arg(long, env = "DROVER_PROXY_ADVERTISE")]
-    pub proxy_advertise: Option<String>,
-    /// Memory that instances may reserve, in bytes. Default: the host's.
-    #[arg(long, env = "DROVER_MEMORY_BYTES")]
-    pub memory_bytes: Option<i64>,
-    /// Labels of this node: name=value with commas between them.
-    #[arg(long, env = "DROVER_LABELS", value_delimiter = ',')]
-    pub labels: Option<Vec<String>>,
-    /// The shim. Default: drover-shim beside this program.
-    #[arg(long, env = "DROVER_SHIM")]
-    pub shim: Option<PathBuf>,
-    /// File that is written, with the real addresses, once the node has a session.
-    #[arg(long, env = "DROVER_READY_FILE")]
-    pub ready_file: Option<PathBuf>,
-    /// File with the fleet's join secret.
-    #[arg(long, env = "DROVER_JOIN_SECRET_FILE")]
-    pub join_secret_file: Option<PathBuf>,
-    /// Send and accept the join secret unencrypted beyond loopback.
-    #[arg(long, env = "DROVER_ALLOW_PLAINTEXT")]
-    pub allow_plaintext: bool,
-    /// What is logged: "info,drover_agent=debug".
-    #[arg(long, env = "DROVER_LOG_FILTER")]
-    pub log_filter: Option<String>,
-    /// Log lines as JSON.
-    #[arg(long, env = "DROVER_LOG_JSON")]
-    pub log_json: bool,
-}
 
 /// The configuration in force.
 #[derive(Debug, Clone)]
@@ -415,85 +291,4 @@ fn parse_labels(words: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
         labels.insert(name.to_owned(), value.to_owned());
     }
     Ok(labels)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn flags(root: &Path) -> Flags {
-        Flags {
-            node: Some("host-1".to_owned()),
-            state_dir: Some(root.join("state")),
-            llama_server: Some("/bin/sleep".into()),
-            shim: Some("/bin/true".into()),
-            model_roots: Some(vec![root.to_owned()]),
-            ..Flags::default()
-        }
-    }
-
-    fn with_file(root: &Path, text: &str) -> anyhow::Result<Settings> {
-        let path = root.join("agent.toml");
-        std::io::Write::write_all(&mut fs::File::create(&path).unwrap(), text.as_bytes()).unwrap();
-        Flags { config: Some(path), ..flags(root) }.settings()
-    }
-
-    #[test]
-    fn flags_win_over_the_file_and_the_rest_has_defaults() {
-        let place = tempfile::tempdir().unwrap();
-        let text = "node = 'from-file'\nlabels = { zone = 'a' }\nmemory_bytes = 5\n[[gpus]]\nuuid = 'GPU-1'\nmemory_bytes = 9\n";
-        let settings = with_file(place.path(), text).unwrap();
-        assert_eq!((settings.node.as_str(), settings.memory_bytes, settings.gpus.len()), ("host-1", 5, 1));
-        assert_eq!(settings.labels["zone"], "a");
-        assert_eq!(settings.coordinators, ["127.0.0.1:7400"]);
-        assert!(settings.runtime_dir.ends_with("state/run") && settings.runtime_dir.is_dir());
-        assert_eq!(fs::metadata(&settings.state_dir).unwrap().permissions().mode() & 0o777, 0o700);
-    }
-
-    #[test]
-    fn what_is_wrong_is_named_with_the_way_out() {
-        let place = tempfile::tempdir().unwrap();
-        let root = place.path();
-        for (text, part) in [
-            ("nodes = 1\n", "line 1"),
-            ("\nrestarts = { quick = 1 }\n", "line 2"),
-            ("memory_bytes = -1\n", "memory_bytes = -1"),
-            ("proxy_listen = '0.0.0.0:7410'\n", "proxy_listen"),
-            ("coordinators = ['nowhere']\n", "host:port"),
-            ("join_secret_file = '/none'\n", "join_secret_file"),
-            ("llama_server_environment = { LLAMA_ARG_HOST = '0.0.0.0' }\n", "LLAMA_ARG_HOST"),
-        ] {
-            let error = format!("{:#}", with_file(root, text).unwrap_err());
-            assert!(error.contains(part), "{error}");
-        }
-        let wrong = |change: fn(&mut Flags)| {
-            let mut flags = flags(root);
-            change(&mut flags);
-            format!("{:#}", flags.settings().unwrap_err())
-        };
-        assert!(wrong(|f| f.node = Some("Bad_Name".to_owned())).contains("Bad_Name"));
-        assert!(wrong(|f| f.node = None).contains("node is not set"));
-        assert!(wrong(|f| f.model_roots = Some(vec!["/none".into()])).contains("/none"));
-        assert!(wrong(|f| f.model_roots = Some(vec!["/".into()])).contains("whole file system"));
-        assert!(wrong(|f| f.llama_server = Some("/etc/passwd".into())).contains("no program"));
-        assert!(wrong(|f| f.labels = Some(vec!["zone".to_owned()])).contains("name=value"));
-        assert!(
-            wrong(|f| f.runtime_dir = Some(PathBuf::from(format!("/tmp/{}", "x".repeat(90))))).contains("too long")
-        );
-        let _ = fs::remove_dir(format!("/tmp/{}", "x".repeat(90)));
-        let script = root.join("wrapper");
-        std::io::Write::write_all(&mut fs::File::create(&script).unwrap(), b"#!/bin/sh\n").unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-        let error = Flags { llama_server: Some(script), ..flags(root) }.settings().unwrap_err().to_string();
-        assert!(error.contains("is a script"), "{error}");
-    }
-
-    #[test]
-    fn a_socket_has_its_instance_s_name_where_that_fits() {
-        let short = socket_of(Path::new("/run/drover"), "tiny-234567");
-        assert_eq!(short, Path::new("/run/drover/tiny-234567.sock"));
-        let deep = PathBuf::from(format!("/{}", "d".repeat(80)));
-        let (one, other) = (socket_of(&deep, &"a".repeat(55)), socket_of(&deep, &"b".repeat(55)));
-        assert!(one.as_os_str().len() < SOCKET_PATH_MAX && one != other);
-    }
 }

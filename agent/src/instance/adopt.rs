@@ -6,9 +6,9 @@
 use super::{
     claim::Claim,
     context::Context,
+    health,
     run::{self, Run},
     state::Ended,
-    supervisor,
 };
 use crate::host::processes::{self, Found};
 use drover_proto::{
@@ -93,7 +93,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
 async fn ready(instance: &str, run: &Run) -> bool {
     let model = run.record.arguments.iter().skip_while(|word| *word != "--model").nth(1);
     let model = PathBuf::from(model.map(String::as_str).unwrap_or_default());
-    match supervisor::answers(&run.record.socket, &model).await {
+    match health::answers(&run.record.socket, &model).await {
         Ok(ready) => ready,
         Err(what) => {
             tracing::warn!(instance, pid = run.record.process.pid, "the adopted server gets no requests yet: {what}");

@@ -51,6 +51,19 @@ pub async fn model_path(socket: &Path) -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
+/// Probes an adopted server once and asks what it serves: it is ready only if that is what its claim says.
+pub async fn answers(socket: &Path, model: &Path) -> Result<bool, String> {
+    match probe(socket).await {
+        Health::Ok => match model_path(socket).await {
+            Ok(path) if path == model => Ok(true),
+            Ok(path) => Err(format!("it serves {}, not {}", path.display(), model.display())),
+            Err(error) => Err(format!("it does not say what it serves: {error:#}")),
+        },
+        Health::Loading => Ok(false),
+        Health::Failing(what) => Err(what),
+    }
+}
+
 /// One request on a connection of its own, which ends with it.
 async fn get(socket: &Path, path: &str) -> anyhow::Result<(StatusCode, Bytes)> {
     let stream = UnixStream::connect(socket).await?;

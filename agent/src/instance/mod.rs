@@ -8,6 +8,7 @@ pub mod arguments;
 pub mod board;
 pub mod claim;
 pub mod context;
+pub mod handle;
 pub mod health;
 pub mod registry;
 pub mod routes;

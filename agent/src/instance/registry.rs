@@ -8,9 +8,10 @@ use super::{
     board::Entry,
     claim::Claim,
     context::Context,
+    handle::Handle,
     run,
     state::Ended,
-    supervisor::{self, Begin, Handle},
+    supervisor::{self, Begin},
     trace,
 };
 use crate::clock;

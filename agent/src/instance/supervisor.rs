@@ -7,9 +7,10 @@ use super::{
     board::Entry,
     claim::Claim,
     context::Context,
+    handle::{Command, Handle},
     health,
     run::{self, Run, now_ms},
-    state::{Action, Event, Health, Phase, Policy, Process, State},
+    state::{Action, Event, Phase, Policy, Process, State},
     trace::{self, Spans},
 };
 use crate::{
@@ -49,37 +50,6 @@ pub enum Begin {
     Ended(super::state::Ended),
     /// It had failed for good.
     Failed(String),
-}
-
-/// What the registry asks of a supervisor.
-#[derive(Debug)]
-enum Command {
-    Want(bool, String),
-    Raise(Token, oneshot::Sender<bool>),
-    Discard(oneshot::Sender<bool>),
-}
-
-/// Speaks to a supervisor. Everything may be said again: it is level-triggered.
-#[derive(Debug, Clone)]
-pub struct Handle(mpsc::Sender<Command>);
-
-impl Handle {
-    /// Says whether the instance should run, and the traceparent of who says so.
-    pub async fn want(&self, wanted: bool, traceparent: &str) {
-        let _ = self.0.send(Command::Want(wanted, traceparent.to_owned())).await;
-    }
-
-    /// Raises the token of the run, on disk first. False when that has failed.
-    pub async fn raise(&self, token: Token) -> bool {
-        let (answer, answered) = oneshot::channel();
-        self.0.send(Command::Raise(token, answer)).await.is_ok() && answered.await.unwrap_or(false)
-    }
-
-    /// Removes everything of the instance. False, and nothing is done, while there is or may be a process.
-    pub async fn discard(&self) -> bool {
-        let (answer, answered) = oneshot::channel();
-        self.0.send(Command::Discard(answer)).await.is_ok() && answered.await.unwrap_or(false)
-    }
 }
 
 /// What the supervisor's own tasks tell it.
@@ -437,18 +407,5 @@ impl Supervisor {
         self.context.routes.remove(&self.claim.instance);
         self.context.board.remove(&self.claim.instance);
         super::adopt::remove(&self.directory, &self.socket);
-    }
-}
-
-/// Probes an adopted server once and asks what it serves: it is ready only if that is what its claim says.
-pub async fn answers(socket: &std::path::Path, model: &std::path::Path) -> Result<bool, String> {
-    match health::probe(socket).await {
-        Health::Ok => match health::model_path(socket).await {
-            Ok(path) if path == model => Ok(true),
-            Ok(path) => Err(format!("it serves {}, not {}", path.display(), model.display())),
-            Err(error) => Err(format!("it does not say what it serves: {error:#}")),
-        },
-        Health::Loading => Ok(false),
-        Health::Failing(what) => Err(what),
     }
 }

@@ -120,8 +120,8 @@ impl Claims {
         let span = info_span!(parent: None, "instance.reclaim", instance = run.instance, error = tracing::field::Empty);
         match self.claim(request, CLAIM_DEADLINE, &span).await {
             Some(response) => {
-                let message = format!("claimed again under token {}", response.token.unwrap_or_default());
-                context.events.tell(&run.instance, "Reclaimed", Severity::Info, message);
+                let token = response.token.unwrap_or_default();
+                tracing::info!(instance = run.instance, %token, "a running server was claimed again");
                 self.registry.claimed(won(&run.instance, response, run.memory_bytes), Span::none()).await;
             }
             None => self.registry.release(&run.instance).await,

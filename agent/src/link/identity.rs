@@ -78,8 +78,11 @@ impl Identity {
         {
             return Err(format!(
                 "the coordinator's store belongs to cluster {:x}, this node knows cluster {:x} with the same generation: \
-                 two stores are in use",
-                welcome.cluster_id, stored.cluster_id
+                 two stores are in use, or the store was made anew; in the latter case end this node's servers \
+                 (drover-agent down) and remove {}",
+                welcome.cluster_id,
+                stored.cluster_id,
+                stored::path(&self.state_dir).display()
             ));
         }
         let now = Stored {

@@ -125,8 +125,8 @@ impl Session {
     async fn stream(&mut self, first: usize, stop: &CancellationToken) -> anyhow::Result<()> {
         let connection = self.target.connect(first).await?;
         let mut client = NodeServiceClient::new(connection)
-            .max_decoding_message_size(drover_proto::transport::MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(drover_proto::transport::MESSAGE_BYTES_MAX);
+            .max_decoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX);
         let (outgoing, requests) = mpsc::channel(OUTGOING);
         let sent_ns = boottime_ns();
         outgoing.send(message(session_request::Message::Hello(self.hello().await))).await?;

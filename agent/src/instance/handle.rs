@@ -1,0 +1,35 @@
+//! What others may ask of an instance's supervisor. Everything may be said again: it is level-triggered.
+
+use drover_proto::v1::Token;
+use tokio::sync::{mpsc, oneshot};
+
+/// What the registry asks of a supervisor.
+#[derive(Debug)]
+pub(super) enum Command {
+    Want(bool, String),
+    Raise(Token, oneshot::Sender<bool>),
+    Discard(oneshot::Sender<bool>),
+}
+
+/// Speaks to a supervisor. Everything may be said again: it is level-triggered.
+#[derive(Debug, Clone)]
+pub struct Handle(pub(super) mpsc::Sender<Command>);
+
+impl Handle {
+    /// Says whether the instance should run, and the traceparent of who says so.
+    pub async fn want(&self, wanted: bool, traceparent: &str) {
+        let _ = self.0.send(Command::Want(wanted, traceparent.to_owned())).await;
+    }
+
+    /// Raises the token of the run, on disk first. False when that has failed.
+    pub async fn raise(&self, token: Token) -> bool {
+        let (answer, answered) = oneshot::channel();
+        self.0.send(Command::Raise(token, answer)).await.is_ok() && answered.await.unwrap_or(false)
+    }
+
+    /// Removes everything of the instance. False, and nothing is done, while there is or may be a process.
+    pub async fn discard(&self) -> bool {
+        let (answer, answered) = oneshot::channel();
+        self.0.send(Command::Discard(answer)).await.is_ok() && answered.await.unwrap_or(false)
+    }
+}

@@ -1,0 +1,237 @@
+//! PURE: one step of the state machine, event by event. The table is in the parent module.
+
+use super::{Action, Ended, Event, Health, Phase, Policy, Process, State};
+
+/// Between a SIGKILL and the next, should the first not have helped (a process in state D ends when it leaves it).
+const KILL_AGAIN_MS: u64 = 5_000;
+/// The drain itself ends in time; this is for one that does not.
+const DRAIN_SLACK_MS: u64 = 2_000;
+
+/// Takes an event; returns what is to be done.
+pub(super) fn take(state: &mut State, event: Event, now_ms: u64, policy: &Policy, seed: u64) -> Vec<Action> {
+    let mut step = Step { state, now_ms, policy, seed, actions: Vec::new() };
+    step.take(event);
+    step.actions
+}
+
+struct Step<'a> {
+    state: &'a mut State,
+    now_ms: u64,
+    policy: &'a Policy,
+    seed: u64,
+    actions: Vec<Action>,
+}
+
+impl Step<'_> {
+    fn take(&mut self, event: Event) {
+        let phase = self.state.phase;
+        match event {
+            Event::Begin => {
+                if phase == Phase::Claimed && self.state.wanted {
+                    self.launch();
+                }
+            }
+            Event::Want(true) => {
+                self.state.wanted = true;
+                if matches!(phase, Phase::Claimed | Phase::Stopped) {
+                    self.launch();
+                }
+            }
+            Event::Want(false) => self.unwanted(),
+            Event::Launched => self.launched(),
+            Event::LaunchFailed { message, retry } => self.launch_failed(message, retry),
+            Event::Probed(health) => self.probed(health),
+            Event::Progress => {
+                if phase == Phase::Loading {
+                    self.state.deadline_ms = Some(self.now_ms + self.policy.load_timeout_ms);
+                }
+            }
+            Event::Drained => {
+                if phase == Phase::Draining {
+                    self.terminate();
+                }
+            }
+            Event::Ended(ended) => self.ended(ended),
+            Event::Tick => {
+                if self.state.deadline_ms.is_some_and(|due| due <= self.now_ms) {
+                    self.due();
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, deadline_in_ms: Option<u64>) {
+        self.state.phase = phase;
+        self.state.streak = 0;
+        self.state.deadline_ms = deadline_in_ms.map(|ms| self.now_ms + ms);
+    }
+
+    fn launch(&mut self) {
+        self.enter(Phase::Starting, None);
+        self.state.process = Process::Launching;
+        self.state.message.clear();
+        self.actions.push(Action::Launch);
+    }
+
+    fn terminate(&mut self) {
+        self.enter(Phase::Stopping, Some(self.policy.grace_ms));
+        self.actions.push(Action::Terminate);
+    }
+
+    fn stopped(&mut self) {
+        self.enter(Phase::Stopped, None);
+        self.state.message.clear();
+    }
+
+    fn unwanted(&mut self) {
+        self.state.wanted = false;
+        match self.state.phase {
+            Phase::Claimed | Phase::Backoff | Phase::Failed => self.stopped(),
+            // The launch can't be called back; what it brings is ended.
+            Phase::Starting => self.enter(Phase::Stopping, None),
+            Phase::Loading => self.terminate(),
+            Phase::Ready | Phase::Suspect => {
+                self.enter(Phase::Draining, Some(self.policy.drain_ms + DRAIN_SLACK_MS));
+                self.actions.extend([Action::Close, Action::Drain(self.policy.drain_ms)]);
+            }
+            Phase::Draining | Phase::Stopping | Phase::Stopped => {}
+        }
+    }
+
+    fn launched(&mut self) {
+        if self.state.process != Process::Launching {
+            return;
+        }
+        self.state.process = Process::Alive;
+        if self.state.last_end.is_some() {
+            self.state.restarts = self.state.restarts.saturating_add(1);
+        }
+        match self.state.phase {
+            Phase::Starting => self.enter(Phase::Loading, Some(self.policy.load_timeout_ms)),
+            _ => self.terminate(),
+        }
+    }
+
+    fn launch_failed(&mut self, message: String, retry: bool) {
+        if self.state.process != Process::Launching {
+            return;
+        }
+        self.state.process = Process::None;
+        if !self.state.wanted {
+            self.stopped();
+        } else if retry {
+            // An attempt that started nothing proves nothing about the server: it never adds up to a crash loop.
+            self.state.quick_ends = (self.state.quick_ends + 1).min(self.policy.quick_ends_max.saturating_sub(1));
+            self.back_off(message);
+        } else {
+            self.fail(message);
+        }
+    }
+
+    fn probed(&mut self, health: Health) {
+        match (self.state.phase, health) {
+            (Phase::Loading, Health::Ok) => {
+                self.enter(Phase::Ready, None);
+                self.state.message.clear();
+                self.state.ready_since_ms = Some(self.now_ms);
+                self.actions.push(Action::Open);
+            }
+            (Phase::Ready, Health::Ok) => {
+                self.state.streak = 0;
+                if self.state.ready_since_ms.is_some_and(|since| self.now_ms - since >= self.policy.stable_ms) {
+                    self.state.quick_ends = 0;
+                }
+            }
+            (Phase::Ready, failing) => {
+                self.state.streak += 1;
+                if self.state.streak >= self.policy.suspect_after {
+                    self.enter(Phase::Suspect, None);
+                    self.state.message = match failing {
+                        Health::Failing(what) => format!("probes fail: {what}"),
+                        _ => "probes fail: it says that it loads the model".to_owned(),
+                    };
+                    self.actions.push(Action::Close);
+                }
+            }
+            (Phase::Suspect, Health::Ok) => {
+                self.state.streak += 1;
+                if self.state.streak >= self.policy.ready_after {
+                    self.enter(Phase::Ready, None);
+                    self.state.message.clear();
+                    self.actions.push(Action::Open);
+                }
+            }
+            (Phase::Suspect, _) => self.state.streak = 0,
+            _ => {}
+        }
+    }
+
+    fn due(&mut self) {
+        match self.state.phase {
+            Phase::Backoff => self.launch(),
+            Phase::Loading => {
+                let seconds = self.policy.load_timeout_ms / 1000;
+                self.state.quick_ends += 1;
+                self.terminate();
+                self.state.message = format!("no progress for {seconds} s while the model loaded");
+            }
+            Phase::Draining => self.terminate(),
+            Phase::Stopping if self.state.process == Process::Alive => {
+                self.state.deadline_ms = Some(self.now_ms + KILL_AGAIN_MS);
+                self.actions.push(Action::Kill);
+            }
+            _ => self.state.deadline_ms = None,
+        }
+    }
+
+    fn ended(&mut self, ended: Ended) {
+        if self.state.process != Process::Alive {
+            return;
+        }
+        self.state.process = Process::None;
+        self.actions.push(Action::Close);
+        let phase = self.state.phase;
+        let reason = ended.to_string();
+        let gave_up = ended.exec_error.is_some() || ended.code.is_some_and(|code| code != 0);
+        self.state.last_end = Some(ended);
+        let served_ms = self.state.ready_since_ms.take().map_or(0, |since| self.now_ms.saturating_sub(since));
+        if !self.state.wanted {
+            self.stopped();
+            return;
+        }
+        match phase {
+            // Ended by us, for lack of progress (which was counted then), or wanted again meanwhile.
+            Phase::Draining | Phase::Stopping => {}
+            // It has looked at the model or its arguments and given up: the same start would end the same way.
+            Phase::Loading if gave_up => {
+                self.fail(format!("the model can't be served: llama-server {reason}"));
+                return;
+            }
+            _ if served_ms >= self.policy.stable_ms => self.state.quick_ends = 1,
+            _ => self.state.quick_ends += 1,
+        }
+        if self.state.quick_ends >= self.policy.quick_ends_max {
+            let times = self.state.quick_ends;
+            self.fail(format!("crash loop: ended {times} times in a row; the last time llama-server {reason}"));
+        } else {
+            let why = std::mem::take(&mut self.state.message);
+            let comma = if why.is_empty() { "" } else { ": " };
+            self.back_off(format!("{why}{comma}llama-server {reason}"));
+        }
+    }
+
+    fn fail(&mut self, message: String) {
+        self.enter(Phase::Failed, None);
+        self.state.message = message;
+    }
+
+    fn back_off(&mut self, message: String) {
+        let exponent = self.state.quick_ends.saturating_sub(1).min(20);
+        let pause = (self.policy.backoff_first_ms << exponent).min(self.policy.backoff_max_ms);
+        // ±20 %, so that what failed together does not start together.
+        let jitter = pause * (self.seed % 401) / 1000;
+        let pause = pause - pause / 5 + jitter;
+        self.enter(Phase::Backoff, Some(pause));
+        self.state.message = format!("{message}; it is started again in {pause} ms");
+    }
+}

@@ -97,7 +97,7 @@ impl Cluster {
     /// # Errors
     /// When a part does not come up; with the end of its log.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("drv-").tempdir_in("/tmp")?;
+        let folder = tempfile::Builder::new().prefix("drv-").tempdir()?;
         fs::create_dir(folder.path().join("models"))?;
         drover::tiny_model::write(&folder.path().join("models/tiny.gguf"), 1)?;
         let secret = folder.path().join("secret");

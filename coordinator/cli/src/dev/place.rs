@@ -26,8 +26,9 @@ pub struct Place {
 impl Place {
     /// Makes the folders; `data` is a part of the temporary folder unless it is given.
     pub fn make(data: Option<&Path>) -> Result<Self, Failure> {
-        let scratch = nix::unistd::mkdtemp("/tmp/drover-dev-XXXXXX")
-            .map_err(|e| Failure::Answered(format!("no folder can be made in /tmp: {e}")))?;
+        let folder = std::env::temp_dir();
+        let scratch = nix::unistd::mkdtemp(&folder.join("drover-dev-XXXXXX"))
+            .map_err(|e| Failure::Answered(format!("no folder can be made in {}: {e}", folder.display())))?;
         let made = Self::make_in(scratch.clone(), data);
         if made.is_err() {
             // Made a moment ago and all but empty.

@@ -3,8 +3,11 @@
 //! Level-triggered: each round looks at the deployment and its instances as they are now ([`standing`] is pure and
 //! decides), so nothing is missed when an event is. Every wait has a deadline.
 
+mod reasons;
+
 use crate::{client::Client, commands::fetch, failure::Failure, output::tables, progress::Progress};
 use drover_proto::v1::{Deployment, Instance, InstanceState};
+use reasons::Reasons;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -86,13 +89,16 @@ pub async fn until_ready(
     progress: &Progress,
 ) -> Result<Deployment, Failure> {
     let deadline = Instant::now() + timeout;
+    let mut reasons = Reasons::default();
     progress.doing(&format!("{name}: waiting until it is ready"));
     loop {
         let why = match look(client, name).await {
             Ok((deployment, instances)) => match standing(generation, &deployment, &instances) {
                 Standing::Ready => return Ok(deployment),
                 Standing::Stuck(why) => return Err(Failure::Answered(format!("{name} does not become ready: {why}"))),
-                Standing::Waiting(why) => Failure::TimedOut(why),
+                Standing::Waiting(why) => {
+                    Failure::TimedOut(reasons.added_to(why, client, name, &deployment, &instances).await)
+                }
             },
             // A coordinator that is away for a moment is no reason to stop waiting.
             Err(Failure::Unreachable(why)) => Failure::Unreachable(why),

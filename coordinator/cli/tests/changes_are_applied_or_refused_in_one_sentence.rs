@@ -4,7 +4,7 @@
 
 mod fake;
 
-use drover_proto::v1::{Instance, InstanceState};
+use drover_proto::v1::{Event, Instance, InstanceState, Severity};
 use fake::{Fake, parts, run};
 use std::path::PathBuf;
 
@@ -89,6 +89,43 @@ async fn a_wait_ends_when_ready_when_it_can_not_be_and_at_its_deadline() {
 
     let (code, out, err) = parts(&run(&address, &["delete", "tiny", "--wait"]).await);
     assert_eq!((code, out.as_str()), (0, "deployment tiny is being deleted\ndeployment tiny is gone\n"), "{err}");
+}
+
+#[tokio::test]
+async fn a_wait_that_ran_out_tells_what_leader_and_nodes_said() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let address = fake.serve().await;
+    let event = |object: &str, source: &str, severity: Severity, message: &str| Event {
+        object: object.into(),
+        source: source.into(),
+        reason: "Word".into(),
+        severity: severity.into(),
+        message: message.into(),
+        ..Default::default()
+    };
+    {
+        let mut state = fake.0.lock().unwrap();
+        state.instances = vec![Instance {
+            id: "tiny-x".into(),
+            deployment: "tiny".into(),
+            revision: 1,
+            wanted: true,
+            state: InstanceState::Pending.into(),
+            message: "offered to a".into(),
+            ..Default::default()
+        }];
+        state.events = vec![
+            event("deployment/tiny", "coordinator/c", Severity::Warning, "no node has the label x=y"),
+            event("instance/tiny-x", "node/a", Severity::Warning, "the file is no model"),
+            event("instance/tiny-x", "coordinator/c", Severity::Info, "offered to a"),
+            event("instance/tiny-y", "node/a", Severity::Warning, "of another one"),
+        ];
+    }
+    let tiny = file(&dir, "name = 'tiny'\nmodel_path = 'tiny.gguf'\n");
+    let (code, _, err) = parts(&run(&address, &["apply", "-f", &tiny, "--wait", "--timeout", "1"]).await);
+    let why = "drover: tiny was not ready within 1 s: 0 of 1 ready; tiny-x PENDING (offered to a); \
+               no node has the label x=y; node/a: the file is no model (Word)\n";
+    assert!(code == 4 && err.ends_with(why), "{code}: {err}");
 }
 
 #[tokio::test]

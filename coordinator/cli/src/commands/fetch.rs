@@ -4,8 +4,8 @@ use crate::{client::Client, failure::Failure};
 use drover_proto::{
     limits, text,
     v1::{
-        Deployment, GetDeploymentRequest, GetInstanceRequest, Instance, ListDeploymentsRequest, ListInstancesRequest,
-        ListNodesRequest, Node,
+        Deployment, Event, GetDeploymentRequest, GetInstanceRequest, Instance, ListDeploymentsRequest,
+        ListInstancesRequest, ListNodesRequest, Node, WatchEventsRequest,
     },
 };
 
@@ -92,6 +92,17 @@ pub async fn nodes(client: &Client) -> Result<Vec<Node>, Failure> {
             return Ok(all);
         }
     }
+}
+
+/// The events that are kept about an object, oldest first. How long their stream may take is the caller's to limit.
+pub async fn recorded_events(client: &Client, object: &str) -> Result<Vec<Event>, Failure> {
+    let request = || WatchEventsRequest { object: object.to_owned(), ..Default::default() };
+    let mut stream = client.read(|mut fleet| async move { fleet.watch_events(request()).await }).await?;
+    let mut all = Vec::new();
+    while let Some(answer) = stream.message().await.map_err(|status| Failure::of_status(&status))? {
+        all.extend(answer.event);
+    }
+    Ok(all)
 }
 
 /// Whether there is a next page. One that begins where the last one began would never end.

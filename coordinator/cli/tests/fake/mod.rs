@@ -24,6 +24,8 @@ pub struct State {
     pub deployments: BTreeMap<String, Deployment>,
     pub instances: Vec<Instance>,
     pub nodes: Vec<Node>,
+    /// Events about instances and deployments.
+    pub events: Vec<Event>,
     /// `traceparent` of every change.
     pub traces: Vec<String>,
 }
@@ -178,7 +180,12 @@ impl fleet_service_server::FleetService for Fake {
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let request = request.into_inner();
         let event = |revision| Event { object: "fleet".into(), reason: "Told".into(), revision, ..Default::default() };
-        let first = (1..=3).map(|n| WatchEventsResponse { event: Some(event(n)) }).collect();
+        let mut first: Vec<_> = (1..=3).map(|n| WatchEventsResponse { event: Some(event(n)) }).collect();
+        if request.object.starts_with("instance/") || request.object.starts_with("deployment/") {
+            let told = self.0.lock().unwrap().events.clone();
+            let about = told.into_iter().filter(|e| e.object == request.object);
+            first = about.map(|event| WatchEventsResponse { event: Some(event) }).collect();
+        }
         if request.follow && request.object == "quiet" {
             let quiet = tokio_stream::iter((1..=3).map(move |n| Ok(WatchEventsResponse { event: Some(event(n)) })));
             return Ok(Response::new(Box::pin(quiet.chain(tokio_stream::pending()))));

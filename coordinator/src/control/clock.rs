@@ -1,5 +1,6 @@
 //! The wall clock of the coordinator: the only place that reads it. Pure code gets the time as an argument.
 
+pub use crate::plan::snapshot::millis;
 use prost_types::Timestamp;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,12 +17,6 @@ pub fn now_ms() -> i64 {
 pub fn timestamp(ms: i64) -> Timestamp {
     let nanos = i32::try_from(ms.rem_euclid(1000) * 1_000_000).unwrap_or(0);
     Timestamp { seconds: ms.div_euclid(1000), nanos }
-}
-
-/// Milliseconds since the epoch of a record's timestamp.
-#[must_use]
-pub fn millis(t: &Timestamp) -> i64 {
-    t.seconds.saturating_mul(1000).saturating_add(i64::from(t.nanos) / 1_000_000)
 }
 
 /// Now, as a record's timestamp.

@@ -237,8 +237,10 @@ fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Ve
             ];
             (compare, then)
         }
-        Action::TrimRevisions { keys } => {
-            (vec![], keys.iter().take(64).map(|k| Op::Delete(format!("{}{k}", keys::REVISIONS))).collect())
+        Action::TrimRevisions { name, expect, keys } => {
+            // A deployment made anew under the same name counts its revisions from 1 again.
+            let compare = vec![Compare::ModRevision(keys::deployment(name), *expect)];
+            (compare, keys.iter().take(64).map(|k| Op::Delete(format!("{}{k}", keys::REVISIONS))).collect())
         }
     }
 }
@@ -288,8 +290,7 @@ fn object(action: &Action) -> &str {
         Action::Create { id, .. } | Action::Offer { id, .. } | Action::Stop { id, .. } | Action::Collect { id, .. } => {
             id
         }
-        Action::RemoveDeployment { name, .. } => name,
-        Action::TrimRevisions { .. } => "",
+        Action::RemoveDeployment { name, .. } | Action::TrimRevisions { name, .. } => name,
     }
 }
 

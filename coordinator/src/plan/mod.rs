@@ -106,6 +106,10 @@ pub enum Action {
     },
     /// Remove old revisions of a spec.
     TrimRevisions {
+        /// The deployment.
+        name: String,
+        /// Revision of its record.
+        expect: i64,
         /// Keys below `revisions/`.
         keys: Vec<String>,
     },

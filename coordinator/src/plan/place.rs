@@ -1,14 +1,111 @@
 //! PURE. Placement: which nodes may claim an instance, best first.
 
-use super::{Input, Offer, snapshot::Snapshot};
+use super::{
+    Input, Offer,
+    snapshot::{Snapshot, Stored},
+};
 use drover_proto::{limits, store::v1 as record, v1::DeploymentSpec};
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap, fmt};
 
-/// What this plan itself has promised so far, so that one plan does not offer the same room many times.
+/// Nodes of which it is told what they lack; the others are counted.
+const LACKS_TOLD: usize = 5;
+
+/// What is taken of each node: by claims, by runs without one, by offers that stand, and by those that this plan makes.
+/// Counted once for a plan; so one plan does not promise the same room twice, and neither do two in a row.
 #[derive(Debug, Default)]
-pub(super) struct Promised {
-    bytes: BTreeMap<String, i64>,
-    instances: BTreeMap<String, usize>,
+pub(super) struct Rooms<'a> {
+    bytes: BTreeMap<&'a str, i64>,
+    /// By deployment and node.
+    replicas: BTreeMap<(&'a str, &'a str), usize>,
+}
+
+impl<'a> Rooms<'a> {
+    pub(super) fn of(input: &Input<'a>) -> Self {
+        let snapshot = input.snapshot;
+        let mut rooms = Self::default();
+        for (id, claim) in &snapshot.claims {
+            let wanted = snapshot.instances.get(id).filter(|i| i.value.wanted);
+            rooms.take(&claim.value.node, claim.value.memory_bytes, wanted.map(|i| i.value.deployment.as_str()));
+        }
+        for (name, node) in &snapshot.nodes {
+            rooms.take(name, snapshot.unclaimed_bytes(name, &node.value), None);
+        }
+        for (id, instance) in &snapshot.instances {
+            let best = snapshot.standing_offer(id, instance, input.now_ms).and_then(|offer| offer.candidates.first());
+            let (Some(best), Some(spec)) = (best, snapshot.spec_of(&instance.value)) else { continue };
+            let node = snapshot.nodes.get(best);
+            let file_bytes = node.and_then(|node| model_size(&node.value, &spec.model_path)).unwrap_or(0);
+            rooms.take(best, need_bytes(spec, file_bytes), Some(&instance.value.deployment));
+        }
+        rooms
+    }
+
+    fn take(&mut self, node: &'a str, bytes: i64, replica_of: Option<&'a str>) {
+        let taken = self.bytes.entry(node).or_default();
+        *taken = taken.saturating_add(bytes);
+        if let Some(deployment) = replica_of {
+            *self.replicas.entry((deployment, node)).or_default() += 1;
+        }
+    }
+}
+
+/// What a node lacks; for people.
+enum Lack<'a> {
+    Session,
+    Label(&'a str, &'a str),
+    Model(&'a str),
+    Memory { free: i64, need: i64 },
+}
+
+impl fmt::Display for Lack<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Session => write!(f, "is not connected"),
+            Self::Label(key, value) => write!(f, "does not bear the label {key}={value}"),
+            Self::Model(path) => write!(f, "has no model file {path}"),
+            Self::Memory { free, need } => write!(f, "has {free} bytes of memory left, {need} are needed"),
+        }
+    }
+}
+
+/// Room of a node for a spec, in bytes.
+struct Room {
+    free: i64,
+    need: i64,
+    capacity: i64,
+}
+
+/// Filters one node of which `taken` bytes are taken.
+fn room<'a>(
+    snapshot: &Snapshot,
+    spec: &'a DeploymentSpec,
+    name: &str,
+    node: &record::Node,
+    taken: i64,
+) -> Result<Room, Lack<'a>> {
+    if !snapshot.sessions.contains_key(name) {
+        return Err(Lack::Session);
+    }
+    if let Some((key, value)) = spec.node_labels.iter().find(|(k, v)| node.labels.get(*k) != Some(v)) {
+        return Err(Lack::Label(key, value));
+    }
+    let Some(file_bytes) = model_size(node, &spec.model_path) else { return Err(Lack::Model(&spec.model_path)) };
+    let need = need_bytes(spec, file_bytes);
+    let capacity = node.capacity.as_ref().map_or(0, |c| c.memory_bytes);
+    let free = capacity.saturating_sub(taken);
+    if free < need { Err(Lack::Memory { free, need }) } else { Ok(Room { free, need, capacity }) }
+}
+
+/// Whether a node could take an instance if so many bytes of it became free.
+pub(super) fn fits_when_freed(
+    input: &Input<'_>,
+    spec: &DeploymentSpec,
+    name: &str,
+    freed: i64,
+    rooms: &Rooms<'_>,
+) -> bool {
+    let taken = rooms.bytes.get(name).copied().unwrap_or(0).saturating_sub(freed);
+    input.snapshot.nodes.get(name).is_some_and(|node| room(input.snapshot, spec, name, &node.value, taken).is_ok())
 }
 
 /// Size of a model file on a node; `None` when it is not there, `Some(0)` when that is not known.
@@ -30,7 +127,7 @@ pub(crate) fn names_file(path: &str, file: &str, roots: &[String]) -> bool {
 
 /// Memory that an instance needs on a node, in bytes: what the deployment says, else the file and an overhead.
 fn need_bytes(spec: &DeploymentSpec, file_bytes: i64) -> i64 {
-    spec.memory_bytes.unwrap_or(file_bytes + limits::defaults::MEMORY_OVERHEAD_BYTES)
+    spec.memory_bytes.unwrap_or(file_bytes.saturating_add(limits::defaults::MEMORY_OVERHEAD_BYTES))
 }
 
 /// A small mixing function (splitmix64's finaliser): the order among equals, from the seed.
@@ -42,58 +139,58 @@ pub(super) fn mix(seed: u64, text: &str) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Instances of a deployment that a node owns or that are promised to it by offers that still stand.
-fn replicas_on(snapshot: &Snapshot, deployment: &str, node: &str) -> usize {
-    let owned = |id: &str| snapshot.claims.get(id).is_some_and(|c| c.value.node == node);
-    snapshot.instances_of(deployment).filter(|(id, i)| i.value.wanted && owned(id)).count()
+/// Nodes that an instance's last offer named, if it ran out unused: they have declined, or did not answer.
+fn declined<'a>(input: &Input<'a>, id: &str, instance: Option<&'a Stored<record::Instance>>) -> &'a [String] {
+    let Some(instance) = instance else { return &[] };
+    let used = input.snapshot.taken.get(id).is_some_and(|t| t.mod_revision >= instance.mod_revision);
+    instance.value.offer.as_ref().filter(|_| !used).map_or(&[], |offer| &offer.candidates)
 }
 
-/// The best nodes for an instance, or what each lacks. Filter first, then score; the first candidate's room is promised.
-pub(super) fn offer(
-    input: &Input<'_>,
-    deployment: &str,
+/// The best nodes for an instance, or what each lacks. Filter first, then score; the first candidate's room is taken.
+/// After an offer in vain chance decides among those whom it did not name: whoever can take it is asked in the end.
+pub(super) fn offer<'a>(
+    input: &Input<'a>,
+    deployment: &'a str,
     spec: &DeploymentSpec,
     id: &str,
-    promised: &mut Promised,
+    instance: Option<&'a Stored<record::Instance>>,
+    rooms: &mut Rooms<'a>,
 ) -> Result<Offer, String> {
     let snapshot = input.snapshot;
+    let declined = declined(input, id, instance);
+    let chance = mix(input.seed, id);
     let mut fit = Vec::new();
-    let mut lacks = Vec::new();
+    let (mut lacks, mut lacking) = (Vec::new(), 0_usize);
     for (name, node) in &snapshot.nodes {
-        let node = &node.value;
-        if !snapshot.sessions.contains_key(name) {
-            lacks.push(format!("{name} is not connected"));
-            continue;
-        }
-        if let Some((key, value)) = spec.node_labels.iter().find(|(k, v)| node.labels.get(*k) != Some(v)) {
-            lacks.push(format!("{name} does not bear the label {key}={value}"));
-            continue;
-        }
-        let Some(file_bytes) = model_size(node, &spec.model_path) else {
-            lacks.push(format!("{name} has no model file {}", spec.model_path));
-            continue;
+        let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0);
+        let room = match room(snapshot, spec, name, &node.value, taken) {
+            Ok(room) => room,
+            Err(lack) => {
+                lacking += 1;
+                if lacking <= LACKS_TOLD {
+                    lacks.push(format!("{name} {lack}"));
+                }
+                continue;
+            }
         };
-        let need = need_bytes(spec, file_bytes);
-        let capacity = node.capacity.as_ref().map_or(0, |c| c.memory_bytes);
-        let free = capacity - snapshot.reserved_bytes(name) - promised.bytes.get(name).copied().unwrap_or(0);
-        if free < need {
-            lacks.push(format!("{name} has {free} bytes of memory left, {need} are needed"));
-            continue;
-        }
-        let replicas = replicas_on(snapshot, deployment, name)
-            + promised.instances.get(&format!("{deployment}/{name}")).copied().unwrap_or(0);
         // Spread first, then the share of memory that stays free (in thousandths), then chance.
-        let free_share = (free - need).saturating_mul(1000) / capacity.max(1);
-        fit.push((replicas, -free_share, mix(input.seed, &format!("{id}/{name}")), name.clone(), need));
+        let score = declined.is_empty().then(|| {
+            let replicas = rooms.replicas.get(&(deployment, name.as_str())).copied().unwrap_or(0);
+            (replicas, Reverse((room.free - room.need).saturating_mul(1000) / room.capacity.max(1)))
+        });
+        fit.push((declined.contains(name), score, mix(chance, name), name, room.need));
     }
-    fit.sort();
+    fit.sort_unstable();
     let Some((_, _, _, best, need)) = fit.first() else {
+        if lacking > LACKS_TOLD {
+            lacks.push(format!("and {} nodes more", lacking - LACKS_TOLD));
+        }
         return Err(if lacks.is_empty() { "no node has ever joined".to_owned() } else { lacks.join("; ") });
     };
-    *promised.bytes.entry(best.clone()).or_default() += need;
-    *promised.instances.entry(format!("{deployment}/{best}")).or_default() += 1;
+    rooms.take(best.as_str(), *need, Some(deployment));
+    let best_few = fit.iter().take(input.settings.candidates.max(1));
     Ok(Offer {
-        candidates: fit.iter().take(input.settings.candidates.max(1)).map(|(_, _, _, name, _)| name.clone()).collect(),
+        candidates: best_few.map(|(_, _, _, name, _)| (*name).clone()).collect(),
         deadline_ms: input.now_ms + input.settings.offer_deadline_ms,
         halt_generation: snapshot.halt_generation(),
     })

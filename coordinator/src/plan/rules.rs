@@ -2,15 +2,15 @@
 
 use super::{
     Action, Input, Plan, Unplaced,
-    place::{self, Promised},
-    snapshot::{Snapshot, Stored},
+    place::{self, Rooms},
+    snapshot::{Snapshot, Stored, millis},
 };
 use drover_proto::{
     ids,
     store::v1 as record,
     v1::{DeploymentSpec, InstanceState},
 };
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 type Member<'a> = (&'a String, &'a Arc<Stored<record::Instance>>);
 
@@ -18,17 +18,22 @@ type Member<'a> = (&'a String, &'a Arc<Stored<record::Instance>>);
 #[must_use]
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
-    let mut promised = Promised::default();
+    let mut rooms = Rooms::of(input);
     for (name, deployment) in &input.snapshot.deployments {
         let members: Vec<Member<'_>> = input.snapshot.instances_of(name).collect();
-        size(input, name, deployment, &members, &mut promised, &mut plan);
-        for (id, instance) in &members {
-            tend(input, id, instance, &mut promised, &mut plan);
+        let sized = size(input, name, deployment, &members, &mut rooms, &mut plan);
+        for (id, instance) in members.iter().filter(|(id, _)| !sized.stopped.contains(id.as_str())) {
+            tend(input, id, instance, &mut rooms, &mut plan);
+        }
+        let stopping = !sized.stopped.is_empty() || members.iter().any(|(_, i)| !i.value.wanted);
+        if !stopping && let Some(action) = make_way(input, name, deployment, &sized.old, &rooms, &plan) {
+            plan.actions.push(action);
         }
         if deployment.value.deleting && members.is_empty() {
             plan.actions.push(Action::RemoveDeployment { name: name.clone(), expect: deployment.mod_revision });
+        } else {
+            trim(input, name, deployment, &members, &mut plan);
         }
-        trim(input, name, deployment, &members, &mut plan);
     }
     // An instance without a deployment is what a half-restored store would show: nobody wants it.
     for (id, instance) in &input.snapshot.instances {
@@ -36,7 +41,7 @@ pub fn plan(input: &Input<'_>) -> Plan {
             if instance.value.wanted {
                 plan.actions.push(stop(id, instance, "DeploymentGone"));
             } else {
-                tend(input, id, instance, &mut promised, &mut plan);
+                tend(input, id, instance, &mut rooms, &mut plan);
             }
         }
     }
@@ -47,42 +52,47 @@ fn stop(id: &str, instance: &Stored<record::Instance>, reason: &'static str) -> 
     Action::Stop { id: id.to_owned(), expect: instance.mod_revision, reason }
 }
 
+/// What sizing a deployment has led to.
+struct Sized<'a> {
+    /// Instances that this plan stops.
+    stopped: BTreeSet<&'a str>,
+    /// Instances of an older revision that go on serving for now.
+    old: Vec<Member<'a>>,
+}
+
 /// Brings the number of wanted instances to what was asked, and moves them to the present revision of the spec.
-fn size(
-    input: &Input<'_>,
-    name: &str,
+fn size<'a>(
+    input: &Input<'a>,
+    name: &'a str,
     deployment: &Arc<Stored<record::Deployment>>,
-    members: &[Member<'_>],
-    promised: &mut Promised,
+    members: &[Member<'a>],
+    rooms: &mut Rooms<'a>,
     plan: &mut Plan,
-) {
+) -> Sized<'a> {
     let snapshot = input.snapshot;
     let asked = if deployment.value.deleting { 0 } else { usize::try_from(deployment.value.replicas).unwrap_or(0) };
     let wanted = members.iter().filter(|(_, i)| i.value.wanted);
-    let (mut current, mut old): (Vec<Member<'_>>, Vec<Member<'_>>) =
+    let (mut current, mut old): (Vec<Member<'a>>, Vec<Member<'a>>) =
         wanted.copied().partition(|(_, i)| i.value.revision == deployment.value.revision);
+    let mut stopped = BTreeSet::new();
 
     // Those that serve least go first: not ready before ready, then by id.
-    let rank = |(id, _): &Member<'_>| (snapshot.state(id) == InstanceState::Ready, (*id).clone());
-    current.sort_by_key(rank);
-    old.sort_by_key(rank);
+    let serves = |(id, _): &Member<'_>| snapshot.state(id) == InstanceState::Ready;
+    current.sort_by_cached_key(|member| (serves(member), member.0));
+    old.sort_by_cached_key(|member| (serves(member), member.0));
 
     let surplus = current.len().saturating_sub(asked);
     let reason = if deployment.value.deleting { "Deleted" } else { "ScaledDown" };
-    plan.actions.extend(current.drain(..surplus).map(|(id, i)| stop(id, i, reason)));
+    for (id, instance) in current.drain(..surplus) {
+        stopped.insert(id.as_str());
+        plan.actions.push(stop(id, instance, reason));
+    }
 
-    let mut no_room = false;
     if let Some(spec) = spec_of(snapshot, name, deployment.value.revision) {
         for n in current.len()..asked {
             let id = fresh_id(input, name, n);
-            let offer = match offer_unless_halted(input, name, spec, &id, promised) {
-                Ok(offer) => Some(offer),
-                Err(why) => {
-                    no_room = true;
-                    unplaced(plan, name, why);
-                    None
-                }
-            };
+            let offer = offer_unless_halted(input, name, spec, &id, None, rooms);
+            let offer = offer.map_err(|why| unplaced(plan, name, why)).ok();
             plan.actions.push(Action::Create {
                 id,
                 deployment: name.to_owned(),
@@ -92,32 +102,56 @@ fn size(
             });
         }
     }
-    no_room |= current.iter().any(|(id, i)| i.value.offer.is_none() && !snapshot.claims.contains_key(*id));
 
     // Old ones go as new ones become ready, so that as many serve as were asked for; what does not serve goes at once.
-    let ready =
-        |members: &[Member<'_>]| members.iter().filter(|(id, _)| snapshot.state(id) == InstanceState::Ready).count();
+    let ready = |members: &[Member<'_>]| members.iter().filter(|member| serves(member)).count();
     let mut spare = (ready(&current) + ready(&old)).saturating_sub(asked);
-    let stopping = members.iter().any(|(_, i)| !i.value.wanted);
-    for (id, instance) in old {
-        let serves = snapshot.state(id) == InstanceState::Ready;
-        if !serves || spare > 0 || asked == 0 {
+    let reason = if deployment.value.deleting { "Deleted" } else { "Replaced" };
+    old.retain(|member| {
+        let (id, instance) = member;
+        let serves = serves(member);
+        let goes = !serves || spare > 0 || asked == 0;
+        if goes {
             spare -= usize::from(serves && spare > 0);
-            plan.actions.push(stop(id, instance, if deployment.value.deleting { "Deleted" } else { "Replaced" }));
-        } else if no_room && !stopping {
-            // The fleet has no room for old and new side by side: one at a time makes way.
-            plan.actions.push(stop(id, instance, "MakesRoom"));
-            break;
+            stopped.insert(id.as_str());
+            plan.actions.push(stop(id, instance, reason));
         }
+        !goes
+    });
+    Sized { stopped, old }
+}
+
+/// Where the fleet has no room for old and new side by side, one old instance at a time makes way: one whose node can take
+/// a new one when the old ones there are gone. Else, and under a halt, the old ones go on serving.
+fn make_way(
+    input: &Input<'_>,
+    name: &str,
+    deployment: &Stored<record::Deployment>,
+    old: &[Member<'_>],
+    rooms: &Rooms<'_>,
+    plan: &Plan,
+) -> Option<Action> {
+    let snapshot = input.snapshot;
+    let waits = plan.unplaced.last().is_some_and(|u| u.deployment == name);
+    if !waits || snapshot.halted() {
+        return None;
     }
+    let spec = spec_of(snapshot, name, deployment.value.revision)?;
+    let claims = || old.iter().filter_map(|member| Some((member, &snapshot.claims.get(member.0)?.value)));
+    let makes_room = |node: &str| {
+        let theirs = claims().filter(|(_, claim)| claim.node == node).map(|(_, claim)| claim.memory_bytes);
+        place::fits_when_freed(input, spec, node, theirs.fold(0, i64::saturating_add), rooms)
+    };
+    let ((id, instance), _) = claims().find(|(_, claim)| makes_room(&claim.node))?;
+    Some(stop(id, instance, "MakesRoom"))
 }
 
 /// Offers what nobody owns, collects what nobody wants.
-fn tend(
-    input: &Input<'_>,
+fn tend<'a>(
+    input: &Input<'a>,
     id: &str,
-    instance: &Arc<Stored<record::Instance>>,
-    promised: &mut Promised,
+    instance: &'a Stored<record::Instance>,
+    rooms: &mut Rooms<'a>,
     plan: &mut Plan,
 ) {
     let snapshot = input.snapshot;
@@ -128,11 +162,6 @@ fn tend(
         plan.actions.push(Action::Collect { id: id.to_owned(), expect: instance.mod_revision });
         return;
     }
-    // Decided above in the same plan: no second action on one instance.
-    let decided = |a: &Action| matches!(a, Action::Stop { id: stopped, .. } if stopped == id);
-    if plan.actions.iter().any(decided) {
-        return;
-    }
     if let Some(until) = not_before(input, id, instance)
         && until > input.now_ms
     {
@@ -141,7 +170,7 @@ fn tend(
     }
     let deployment = &instance.value.deployment;
     let Some(spec) = spec_of(snapshot, deployment, instance.value.revision) else { return };
-    match offer_unless_halted(input, deployment, spec, id, promised) {
+    match offer_unless_halted(input, deployment, spec, id, Some(instance), rooms) {
         Ok(offer) => plan.actions.push(Action::Offer { id: id.to_owned(), expect: instance.mod_revision, offer }),
         Err(why) => unplaced(plan, deployment, why),
     }
@@ -161,21 +190,23 @@ fn not_before(input: &Input<'_>, id: &str, instance: &Stored<record::Instance>) 
     Some(until)
 }
 
-fn offer_unless_halted(
-    input: &Input<'_>,
-    deployment: &str,
+fn offer_unless_halted<'a>(
+    input: &Input<'a>,
+    deployment: &'a str,
     spec: &DeploymentSpec,
     id: &str,
-    promised: &mut Promised,
+    instance: Option<&'a Stored<record::Instance>>,
+    rooms: &mut Rooms<'a>,
 ) -> Result<super::Offer, String> {
     if input.snapshot.halted() {
         return Err("claiming is halted".to_owned());
     }
-    place::offer(input, deployment, spec, id, promised)
+    place::offer(input, deployment, spec, id, instance, rooms)
 }
 
 fn unplaced(plan: &mut Plan, deployment: &str, why: String) {
-    if !plan.unplaced.iter().any(|u| u.deployment == deployment) {
+    // Deployments are planned one after the other.
+    if plan.unplaced.last().is_none_or(|u| u.deployment != deployment) {
         plan.unplaced.push(Unplaced { deployment: deployment.to_owned(), why });
     }
 }
@@ -220,11 +251,6 @@ fn trim(
     };
     let keys: Vec<String> = all.into_iter().take(extra).filter(|k| !used(k)).cloned().collect();
     if !keys.is_empty() {
-        plan.actions.push(Action::TrimRevisions { keys });
+        plan.actions.push(Action::TrimRevisions { name: name.to_owned(), expect: deployment.mod_revision, keys });
     }
-}
-
-/// Milliseconds since the epoch of a record's timestamp.
-fn millis(t: &prost_types::Timestamp) -> i64 {
-    t.seconds * 1000 + i64::from(t.nanos) / 1_000_000
 }

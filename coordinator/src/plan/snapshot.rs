@@ -115,15 +115,39 @@ impl Snapshot {
         self.claims.iter().filter(move |(_, c)| c.value.node == node)
     }
 
+    /// The offer of an instance, as long as somebody may still claim it.
+    #[must_use]
+    pub fn standing_offer<'a>(
+        &self,
+        id: &str,
+        instance: &'a Stored<record::Instance>,
+        now_ms: i64,
+    ) -> Option<&'a record::Offer> {
+        let offer = instance.value.offer.as_ref()?;
+        let stands = instance.value.wanted
+            && offer.deadline.as_ref().map_or(0, millis) > now_ms
+            && !self.claims.contains_key(id)
+            && self.taken.get(id).is_none_or(|t| t.mod_revision < instance.mod_revision);
+        stands.then_some(offer)
+    }
+
+    /// Memory that runs take which are alive on a node and not owned by it, in bytes.
+    #[must_use]
+    pub fn unclaimed_bytes(&self, name: &str, node: &record::Node) -> i64 {
+        let free = node.unclaimed.iter().filter(|u| self.claims.get(&u.instance).is_none_or(|c| c.value.node != name));
+        free.map(|u| u.memory_bytes).fold(0, i64::saturating_add)
+    }
+
     /// Memory that a node's claims and unclaimed runs take, in bytes.
     #[must_use]
-    pub fn reserved_bytes(&self, node: &str) -> i64 {
-        let claimed: i64 = self.claims_of(node).map(|(_, c)| c.value.memory_bytes).sum();
-        let unclaimed: i64 = self.nodes.get(node).map_or(0, |n| {
-            let free =
-                n.value.unclaimed.iter().filter(|u| self.claims.get(&u.instance).is_none_or(|c| c.value.node != node));
-            free.map(|u| u.memory_bytes).sum()
-        });
-        claimed + unclaimed
+    pub fn reserved_bytes(&self, name: &str) -> i64 {
+        let claimed = self.claims_of(name).map(|(_, c)| c.value.memory_bytes).fold(0, i64::saturating_add);
+        claimed.saturating_add(self.nodes.get(name).map_or(0, |node| self.unclaimed_bytes(name, &node.value)))
     }
+}
+
+/// Milliseconds since the epoch of a record's timestamp.
+#[must_use]
+pub fn millis(t: &prost_types::Timestamp) -> i64 {
+    t.seconds.saturating_mul(1000).saturating_add(i64::from(t.nanos) / 1_000_000)
 }

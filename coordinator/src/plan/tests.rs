@@ -1,5 +1,7 @@
 //! Planning, by hand-made snapshots and by random ones.
 
+mod room;
+
 use super::{
     Action, Input, Plan, Settings, plan,
     snapshot::{Snapshot, Stored},
@@ -249,7 +251,8 @@ fn under_a_halt_nothing_is_offered() {
 fn old_revisions_go_but_none_that_is_in_use() {
     let fleet = Fleet::new().node("a", 8 * GIB).deployment("m", 0, 6);
     let plan = fleet.instance("m-bbbbbb", 2, false).owned("m-bbbbbb", "a", InstanceState::Draining).plan();
-    let Some(Action::TrimRevisions { keys }) = plan.actions.iter().find(|a| matches!(a, Action::TrimRevisions { .. }))
+    let Some(Action::TrimRevisions { keys, .. }) =
+        plan.actions.iter().find(|a| matches!(a, Action::TrimRevisions { .. }))
     else {
         panic!("{plan:?}");
     };

@@ -1,7 +1,7 @@
 //! PURE. What a node is to be told, from a snapshot and what it was told before. Level-triggered: the whole set of claims
 //! is sent when it differs from the last one sent.
 
-use crate::{control::clock, plan::snapshot::Snapshot};
+use crate::plan::snapshot::Snapshot;
 use drover_proto::v1::{
     ClaimSet, EndRun, InstanceState, Offer, OwnedClaim, RecordedRun, SessionResponse, Token, session_response::Message,
 };
@@ -131,15 +131,8 @@ fn end_run(snapshot: &Snapshot, node: &str, run: &RecordedRun) -> Option<EndRun>
 /// Offers to this node that still stand and have not been used, each with the node's rank among the candidates.
 fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = (Offer, usize)> {
     snapshot.instances.iter().filter_map(move |(id, instance)| {
-        let offer = instance.value.offer.as_ref()?;
+        let offer = snapshot.standing_offer(id, instance, now_ms)?;
         let rank = offer.candidates.iter().position(|c| c == node)?;
-        let stands = instance.value.wanted
-            && offer.deadline.as_ref().map_or(0, clock::millis) > now_ms
-            && !snapshot.claims.contains_key(id)
-            && snapshot.taken.get(id).is_none_or(|t| t.mod_revision < instance.mod_revision);
-        if !stands {
-            return None;
-        }
         let spec = snapshot.spec_of(&instance.value)?.clone();
         let told = Offer {
             instance: id.clone(),
@@ -158,7 +151,7 @@ fn offers(snapshot: &Snapshot, node: &str, now_ms: i64) -> impl Iterator<Item = 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::snapshot::Stored;
+    use crate::{control::clock, plan::snapshot::Stored};
     use drover_proto::{store::v1 as record, v1::DeploymentSpec};
     use std::sync::Arc;
 

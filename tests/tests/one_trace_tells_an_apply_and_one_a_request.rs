@@ -56,8 +56,7 @@ async fn one_trace_tells_an_apply_and_one_a_request() -> anyhow::Result<()> {
     assert!(services.is_superset(&BTreeSet::from(["drover-agent", "drover-coordinator"])), "{services:?}");
     assert_eq!(of(&spans, APPLY, "fleet.apply_deployment").len(), 1);
     assert_eq!(of(&spans, APPLY, "plan.commit").len(), 2);
-    let started: BTreeSet<_> =
-        starts(&spans).iter().filter_map(|s| s.attribute("instance")).collect();
+    let started: BTreeSet<_> = starts(&spans).iter().filter_map(|s| s.attribute("instance")).collect();
     assert_eq!(started, instances.iter().map(|i| i.id.clone()).collect());
 
     let gateway = Gateway::new(&cluster.coordinators[1].http);

@@ -8,7 +8,11 @@ use drover_tests::{
     programs::{eventually, program},
 };
 use serde_json::json;
-use std::process::Command;
+use std::{
+    fs::File,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
@@ -16,11 +20,14 @@ async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
     let mut spec = cluster.spec("tiny", 2);
     spec.context_tokens = Some(8192);
     let before = standing(&cluster.deploy(spec).await?);
-    let addresses: Vec<String> = cluster.coordinators.iter().map(|c| c.grpc.clone()).collect();
-
     let leader = leader(&cluster).await?;
-    let mut killed = Some(cluster.coordinators.remove(leader).running);
+    let leading = cluster.coordinators.remove(leader);
     // From here on the first and only coordinator of the fleet is the one that did not lead.
+    let addresses = format!("{},{}", leading.grpc, cluster.coordinators[0].grpc);
+    let followed = cluster.folder().join("followed");
+    let follower = Follower::start(&cluster, &addresses, &followed)?;
+    told(&followed, "tiny").await?;
+    let mut killed = Some(leading.running);
     let gateway = Gateway::new(&cluster.coordinators[0].http);
     let request = json!({
         "model": "tiny", "stream": true, "max_tokens": 3000, "temperature": 0, "seed": 1,
@@ -42,6 +49,8 @@ async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
     // A change needs a new leader and sessions of the agents with it.
     cluster.deploy(cluster.spec("later", 2)).await?;
     cluster.connected(2).await?;
+    // `drover events --follow` was connected to the one that was killed.
+    told(&followed, "later").await?;
     let text = drover(&cluster, &addresses, &["scale", "later", "1", "--wait"])?;
     assert!(text.contains("later is ready: 1 instance answers"), "{text}");
     assert!(
@@ -56,6 +65,7 @@ async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
     );
     assert_eq!(standing(&cluster.ready("tiny", 2).await?), before, "nothing was restarted or claimed anew");
 
+    drop(follower);
     cluster.delete("later").await?;
     cluster.delete("tiny").await?;
     cluster.end().await
@@ -85,14 +95,45 @@ async fn leader(cluster: &Cluster) -> anyhow::Result<usize> {
     Ok(n.parse()?)
 }
 
-/// Runs the command with the addresses of all coordinators, dead ones too.
-fn drover(cluster: &Cluster, addresses: &[String], words: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(program("drover"))
-        .args(["--coordinators", &addresses.join(","), "--join-secret-file"])
-        .arg(cluster.folder().join("secret"))
-        .args(words)
-        .output()?;
+/// The command with the addresses of all coordinators, the dead one first.
+fn command(cluster: &Cluster, addresses: &str, words: &[&str]) -> Command {
+    let mut command = Command::new(program("drover"));
+    command.args(["--coordinators", addresses, "--join-secret-file"]).arg(cluster.folder().join("secret")).args(words);
+    command
+}
+
+fn drover(cluster: &Cluster, addresses: &str, words: &[&str]) -> anyhow::Result<String> {
+    let output = command(cluster, addresses, words).output()?;
     let told = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "drover {words:?} ended with {}: {told}", output.status);
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// `drover events --follow`, writing into a file.
+struct Follower(Child);
+
+impl Follower {
+    fn start(cluster: &Cluster, addresses: &str, file: &Path) -> anyhow::Result<Self> {
+        let file = File::create(file)?;
+        let mut command = command(cluster, addresses, &["events", "--follow", "--object", "deployment/"]);
+        Ok(Self(command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?))
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until the follower has told that a deployment was applied.
+async fn told(file: &Path, deployment: &str) -> anyhow::Result<()> {
+    eventually(&format!("the follower tells of {deployment}"), SOON, async || {
+        let text = std::fs::read_to_string(file)?;
+        let line = format!("deployment/{deployment}  Applied");
+        anyhow::ensure!(text.contains(&line), "{text}");
+        Ok(())
+    })
+    .await
 }

@@ -88,8 +88,9 @@ impl From<std::io::Error> for Failure {
 pub fn is_transport(status: &Status) -> bool {
     let ours = status::reason_of(status).is_some();
     let by_code = matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded);
-    let by_source = std::error::Error::source(status).is_some_and(|s| s.is::<tonic::transport::Error>());
-    !ours && (by_code || by_source || (status.code() == Code::Unknown && status.message().contains("transport error")))
+    // What a server sent has no source: this one was made here, of a connection that could not be made or broke.
+    let made_here = std::error::Error::source(status).is_some();
+    !ours && (by_code || made_here || (status.code() == Code::Unknown && status.message().contains("transport error")))
 }
 
 /// Message, fields that the message does not name already, and the reason.

@@ -149,11 +149,25 @@ impl Registry {
         self.inner.lock().await.claiming.remove(instance);
     }
 
-    /// A claim was made: starts the instance, or raises the token of the run that is here.
+    /// A claim was made: starts the instance, or raises the token of the run that is here. A set of claims that was read
+    /// later and applied before this answer was heard knows better: a stop wins over a start in flight, and a claim that
+    /// is gone starts nothing.
     pub async fn claimed(&self, claim: Claim, span: Span) {
         let mut inner = self.inner.lock().await;
         inner.claiming.remove(&claim.instance);
-        self.own(&mut inner, claim, true, "", Some(span)).await;
+        let later = inner.latest.as_ref().filter(|(_, set)| set.revision >= claim.token.revision);
+        let (wanted, traceparent) = match later {
+            None => (true, String::new()),
+            Some((_, set)) => {
+                let same = |o: &&OwnedClaim| o.instance == claim.instance && o.token == Some(claim.token);
+                let Some(owned) = set.claims.iter().find(same) else {
+                    tracing::warn!(instance = claim.instance, token = %claim.token, "the claim is gone before its answer came");
+                    return;
+                };
+                (owned.wanted, owned.traceparent.clone())
+            }
+        };
+        self.own(&mut inner, claim, wanted, &traceparent, Some(span)).await;
     }
 
     /// Applies a set of claims of a session; of one session, an older set after a newer one is void. Returns the runs

@@ -29,6 +29,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Grant,
+    /// It is made, and the answer comes when [`State::holding_answers`] ends.
+    GrantLate,
     /// It is made, and the answer is lost.
     GrantUnheard,
     /// It is not made, and the answer is lost.
@@ -52,6 +54,8 @@ pub struct State {
     pub alive: bool,
     /// False: a claim that was made is told by its own answer only.
     pub announcing: bool,
+    /// True: late answers wait.
+    pub holding_answers: bool,
     pub ttl_ms: i64,
     pub generation: u64,
     session_id: String,
@@ -85,6 +89,7 @@ impl Coordinator {
             answering: true,
             alive: true,
             announcing: true,
+            holding_answers: true,
             ttl_ms: 3_000,
             generation: 1,
             session_id: "none".to_owned(),
@@ -236,7 +241,7 @@ impl State {
         match answer {
             Answer::Refuse(why) => return refuse(why),
             Answer::Lost => return Err(Status::unavailable("the connection broke")),
-            Answer::Grant | Answer::GrantUnheard => {}
+            Answer::Grant | Answer::GrantLate | Answer::GrantUnheard => {}
         }
         if self.owned.contains_key(&request.instance) {
             return refuse(reason::ALREADY_CLAIMED);
@@ -300,6 +305,11 @@ impl NodeService for Service {
     }
 
     async fn claim(&self, request: Request<ClaimRequest>) -> Result<Response<ClaimResponse>, Status> {
-        self.0.lock().unwrap().claim(request.get_ref()).map(Response::new)
+        let late = self.0.lock().unwrap().answers.front() == Some(&Answer::GrantLate);
+        let answer = self.0.lock().unwrap().claim(request.get_ref()).map(Response::new);
+        while late && self.0.lock().unwrap().holding_answers {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        answer
     }
 }

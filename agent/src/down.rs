@@ -6,18 +6,20 @@ use crate::{
     instance::adopt,
     lock, proxy,
 };
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use drover_shim::{
     durable,
     record::{Directory, Record},
 };
 use std::{fs, time::Duration};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 /// How long an agent that is about to end is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// Between SIGTERM and SIGKILL, and then again for the end.
 const GRACE: Duration = Duration::from_secs(10);
+/// How often a shim is looked at that has not ended yet.
+const SHIM_POLL: Duration = Duration::from_millis(10);
 /// How long requests in flight at the proxy are waited for.
 const PROXY_DRAIN: Duration = Duration::from_secs(1);
 
@@ -41,18 +43,27 @@ pub async fn down(places: &Places) -> anyhow::Result<()> {
 }
 
 async fn end(directory: Directory, socket: std::path::PathBuf, instance: String) -> anyhow::Result<()> {
-    match durable::read::<Record>(&directory.record()) {
-        Ok(record) => match processes::find(&record) {
-            Found::Living(living) => end_process(&living).await.with_context(|| instance.clone())?,
-            Found::Gone | Found::Other(_) => {}
-            Found::Unknown(why) => bail!("{instance}: {why}"),
-        },
-        Err(durable::Error::Missing(_)) => {}
-        Err(error) => bail!("{instance}: {error}: its server, if it runs, was not touched"),
+    let mut deadline = Instant::now() + GRACE;
+    loop {
+        match durable::read::<Record>(&directory.record()) {
+            Ok(record) => match processes::find(&record) {
+                Found::Living(living) => {
+                    end_process(&living).await.with_context(|| instance.clone())?;
+                    deadline = Instant::now() + GRACE;
+                }
+                Found::Gone | Found::Other(_) => {}
+                Found::Unknown(why) => bail!("{instance}: {why}"),
+            },
+            Err(durable::Error::Missing(_)) => {}
+            Err(error) => bail!("{instance}: {error}: its server, if it runs, was not touched"),
+        }
+        if adopt::remove(&directory, &socket) {
+            return Ok(());
+        }
+        // Its shim makes the end durable, or is in the middle of a start and records another process in a moment.
+        ensure!(Instant::now() < deadline, "{instance}: its shim has not ended");
+        sleep(SHIM_POLL).await;
     }
-    wait_for_shim(&directory).await.with_context(|| instance.clone())?;
-    adopt::remove(&directory, &socket);
-    Ok(())
 }
 
 async fn end_process(living: &Living) -> anyhow::Result<()> {
@@ -62,19 +73,4 @@ async fn end_process(living: &Living) -> anyhow::Result<()> {
     }
     living.kill_session()?;
     timeout(GRACE, living.ended()).await.with_context(|| format!("pid {} has not ended", living.pid()))
-}
-
-/// A shim writes how its server ended, and lets go of the lock.
-async fn wait_for_shim(directory: &Directory) -> anyhow::Result<()> {
-    use nix::fcntl::{Flock, FlockArg};
-    let free = async {
-        loop {
-            let Ok(file) = fs::OpenOptions::new().write(true).open(directory.lock()) else { return };
-            if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(GRACE, free).await.context("its shim has not ended")
 }

@@ -159,7 +159,8 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
     Ok(Started { record, exec_error, output, logs, lock })
 }
 
-fn lock(directory: &Directory) -> Result<Flock<File>, Refusal> {
+/// Takes the lock of an instance's directory, which a shim holds from before its first look until its end.
+pub fn lock(directory: &Directory) -> Result<Flock<File>, Refusal> {
     let path = directory.lock();
     let file = OpenOptions::new()
         .write(true)

@@ -16,9 +16,10 @@ use drover_proto::{
     v1::{DeploymentSpec, Severity},
 };
 use drover_shim::{
-    durable,
+    Refusal, durable,
     identity::{self, Process},
     record::{Directory, FORMAT, Record, Spec, Stage},
+    start,
 };
 use std::{
     fs, io,
@@ -194,8 +195,15 @@ fn rebuild(context: &Context, instance: &str, spec: Option<&Spec>) -> Option<Rec
     None
 }
 
-/// Removes the directory and the socket of an instance that has no process.
-pub fn remove(directory: &Directory, socket: &Path) {
+/// Removes the directory and the socket of an instance that has no process. False, and nothing is removed, while a shim
+/// is at work there: one that an agent has left in the middle of a start would go on without a record.
+#[must_use]
+pub fn remove(directory: &Directory, socket: &Path) -> bool {
+    let _lock = match start::lock(directory) {
+        Err(Refusal::Locked(_)) => return false,
+        // Where the lock can't even be opened, as where there is no directory, no shim can begin.
+        locked => locked.ok(),
+    };
     for removed in [fs::remove_dir_all(directory.path()), fs::remove_file(socket)] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -205,3 +213,4 @@ pub fn remove(directory: &Directory, socket: &Path) {
         }
     }
 }
+    true

@@ -253,10 +253,13 @@ impl Registry {
                 };
                 self.begin(claim, begin)
             }
-            Some(Known { kind: Kind::Dormant(..), .. }) => {
-                adopt::remove(&self.directory(&instance), &self.context.settings.socket_of(&instance));
-                self.post(&claim, InstanceState::Stopped, "");
-                Kind::Nothing
+            Some(Known { kind: Kind::Dormant(stored, _), .. }) => {
+                if adopt::remove(&self.directory(&instance), &self.context.settings.socket_of(&instance)) {
+                    self.post(&claim, InstanceState::Stopped, "");
+                    Kind::Nothing
+                } else {
+                    Kind::Unknown(stored)
+                }
             }
             Some(Known { kind: Kind::Nothing, .. }) | None if wanted => {
                 let span = span.unwrap_or_else(|| trace::start(&instance, &claim.spec.name, traceparent));
@@ -280,8 +283,13 @@ impl Registry {
                 self.context.board.remove(instance);
                 true
             }
-            Kind::Dormant(..) => {
-                adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance));
+            Kind::Dormant(claim, _) => {
+                if !adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance)) {
+                    // A shim is at work: what comes of it is seen when this is looked at again.
+                    let kind = Kind::Unknown(claim.clone());
+                    inner.known.insert(instance.to_owned(), Known { token, kind });
+                    return None;
+                }
                 true
             }
             Kind::Unknown(_) => false,

@@ -35,6 +35,10 @@ const PROBE_SERVING: Duration = Duration::from_secs(1);
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How an instance begins under this agent.
+/// How long a shim is waited for whose server has ended, and how often it is looked at.
+const SHIM_PATIENCE: Duration = Duration::from_secs(1);
+const SHIM_POLL: Duration = Duration::from_millis(5);
+
 #[derive(Debug)]
 pub enum Begin {
     /// Claimed now. The span covers it from the offer on.
@@ -144,10 +148,7 @@ impl Supervisor {
                         self.settle_raises().await;
                     }
                     Some(Command::Discard(answer)) => {
-                        let possible = self.state.process == Process::None;
-                        if possible {
-                            self.discard();
-                        }
+                        let possible = self.state.process == Process::None && self.discard().await;
                         let _ = answer.send(possible);
                         if possible {
                             return;
@@ -402,10 +403,20 @@ impl Supervisor {
         );
     }
 
-    fn discard(&mut self) {
+    /// Removes everything of the instance; false, and nothing is removed, while a shim does not let go of it.
+    async fn discard(&mut self) -> bool {
+        let removed = async {
+            // One that has made the end durable lets go in a moment.
+            while !super::adopt::remove(&self.directory, &self.socket) {
+                tokio::time::sleep(SHIM_POLL).await;
+            }
+        };
+        if tokio::time::timeout(SHIM_PATIENCE, removed).await.is_err() {
+            return false;
+        }
         self.tasks = JoinSet::new();
         self.context.routes.remove(&self.claim.instance);
         self.context.board.remove(&self.claim.instance);
-        super::adopt::remove(&self.directory, &self.socket);
+        true
     }
 }

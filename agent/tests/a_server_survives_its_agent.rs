@@ -22,6 +22,7 @@ async fn after_sigkill_the_next_agent_resumes_session_and_server() {
     // Not even for a moment it is said to be less than ready: requests would be turned away.
     for report in &node.coordinator.state().reports[before..] {
         assert_eq!((report.state(), report.pid, report.token), (InstanceState::Ready, ready.pid, ready.token));
+        assert_eq!(report.since, ready.since, "it has been ready all the while");
     }
     // And it is still watched: its end is noticed though it is nobody's child.
     support::signal(ready.pid, nix::sys::signal::Signal::SIGKILL);

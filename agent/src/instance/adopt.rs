@@ -159,6 +159,7 @@ fn claim(
         memory_bytes: 0,
         restarts: 0,
         failed: None,
+        since: None,
     });
     claim.token = tokens.fold(claim.token, Ord::max);
     claim

@@ -2,9 +2,10 @@
 //!
 //! File `claim` of an instance's directory; written by the agent alone.
 
-use drover_proto::v1::{DeploymentSpec, Token};
+use drover_proto::v1::{DeploymentSpec, InstanceState, Token};
 use drover_shim::{durable, record};
 use prost::Message as _;
+use prost_types::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -28,6 +29,8 @@ pub struct Claim {
     pub restarts: i32,
     /// Why it can't run, once that is known.
     pub failed: Option<String>,
+    /// The last state that outlives an agent, ready or failed, and since when it is in it.
+    pub since: Option<(InstanceState, Timestamp)>,
 }
 
 /// As it stands in the file.
@@ -42,6 +45,9 @@ struct Stored {
     memory_bytes: i64,
     restarts: i32,
     failed: Option<String>,
+    /// State, as its number in the contract; seconds and nanoseconds since the Unix epoch.
+    #[serde(default)]
+    since: Option<(i32, i64, i32)>,
 }
 
 /// The contract's token as the shim keeps it.
@@ -72,6 +78,9 @@ impl Claim {
             memory_bytes: stored.memory_bytes,
             restarts: stored.restarts,
             failed: stored.failed,
+            since: stored.since.and_then(|(state, seconds, nanos)| {
+                Some((InstanceState::try_from(state).ok()?, Timestamp { seconds, nanos }))
+            }),
         })
     }
 
@@ -86,6 +95,7 @@ impl Claim {
             memory_bytes: self.memory_bytes,
             restarts: self.restarts,
             failed: self.failed.clone(),
+            since: self.since.map(|(state, at)| (state.into(), at.seconds, at.nanos)),
         };
         durable::write(&directory.join(FILE_NAME), &stored)
     }
@@ -115,6 +125,7 @@ mod tests {
             memory_bytes: 1 << 30,
             restarts: 4,
             failed: Some("because".to_owned()),
+            since: Some((InstanceState::Failed, Timestamp { seconds: 1_700_000_000, nanos: 5 })),
         };
         claim.write(place.path()).unwrap();
         assert_eq!(Claim::read(place.path()).unwrap(), claim);

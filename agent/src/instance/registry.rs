@@ -245,7 +245,8 @@ impl Registry {
                 Kind::Unknown(stored)
             }
             Some(Known { kind: Kind::Dormant(stored, ended), .. }) if wanted => {
-                let claim = Claim { restarts: stored.restarts, failed: stored.failed.clone(), ..claim };
+                let claim =
+                    Claim { restarts: stored.restarts, failed: stored.failed.clone(), since: stored.since, ..claim };
                 let begin = match (&claim.failed, ended) {
                     (Some(message), _) => Begin::Failed(message.clone()),
                     (None, Some(ended)) => Begin::Ended(ended),
@@ -385,5 +386,6 @@ fn claim_of(owned: &OwnedClaim) -> Claim {
         memory_bytes: owned.memory_bytes,
         restarts: 0,
         failed: None,
+        since: None,
     }
 }

@@ -98,13 +98,15 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         Begin::Failed(message) => (State::failed(message, claim.restarts), Spans::default(), None),
     };
     let supervisor = Supervisor {
+    // What an earlier agent has seen begin did not begin now.
+    let since = claim.since.filter(|(before, _)| *before == state.reported()).map_or_else(clock::now, |(_, at)| at);
         context,
         claim,
         directory,
         socket,
         policy,
         state,
-        since: clock::now(),
+        since,
         spans,
         run,
         tasks: JoinSet::new(),
@@ -321,10 +323,14 @@ impl Supervisor {
     /// Keeps what the next agent has to know.
     fn keep(&mut self) {
         let failed = (self.state.phase == Phase::Failed).then(|| self.state.message.clone());
-        if failed == self.claim.failed && self.state.restarts == self.claim.restarts {
+        let lasting = matches!(self.state.phase, Phase::Ready | Phase::Failed);
+        if failed == self.claim.failed && self.state.restarts == self.claim.restarts && !lasting {
             return;
         }
         self.claim.failed = failed;
+        if lasting {
+            self.claim.since = Some((self.state.reported(), self.since));
+        }
         self.claim.restarts = self.state.restarts;
         if let Err(error) = self.claim.write(self.directory.path()) {
             tracing::warn!(instance = self.claim.instance, %error, "what was learnt is not on disk");

@@ -224,3 +224,4 @@ fn won(instance: &str, response: ClaimResponse, memory_bytes: i64) -> Claim {
         failed: None,
     }
 }
+        since: None,

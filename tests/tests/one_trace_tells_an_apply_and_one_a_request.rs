@@ -19,9 +19,9 @@ fn of<'a>(spans: &'a [Received], trace: &str, name: &str) -> Vec<&'a Received> {
     spans.iter().filter(|s| s.trace_id() == trace && s.span.name == name).collect()
 }
 
-/// The starts that came to be ready; a node that lost the race for an offer ends its span with what it was told.
+/// The starts that came to be ready; a node that lost the race for an offer says so in `outcome`.
 fn starts(spans: &[Received]) -> Vec<&Received> {
-    of(spans, APPLY, "instance.start").into_iter().filter(|s| s.attribute("error").is_none()).collect()
+    of(spans, APPLY, "instance.start").into_iter().filter(|s| s.attribute("outcome").is_none()).collect()
 }
 
 /// Every span of the trace hangs on another of it, or on the caller's.
@@ -54,6 +54,10 @@ async fn one_trace_tells_an_apply_and_one_a_request() -> anyhow::Result<()> {
         .inspect_err(|_| eprintln!("{:#?}", names(&collector.spans())))?;
     let services: BTreeSet<&str> = spans.iter().filter(|s| s.trace_id() == APPLY).map(Received::service).collect();
     assert!(services.is_superset(&BTreeSet::from(["drover-agent", "drover-coordinator"])), "{services:?}");
+    for start in of(&spans, APPLY, "instance.start") {
+        assert_eq!(start.attribute("error"), None, "a lost race is no error");
+        assert!(start.attribute("outcome").is_none_or(|outcome| outcome.starts_with("lost: ")), "{start:?}");
+    }
     assert_eq!(of(&spans, APPLY, "fleet.apply_deployment").len(), 1);
     assert_eq!(of(&spans, APPLY, "plan.commit").len(), 2);
     let started: BTreeSet<_> = starts(&spans).iter().filter_map(|s| s.attribute("instance")).collect();

@@ -1,6 +1,8 @@
 //! The spans of an instance's life: from the offer to the first answer, and from the wish to stop to the end.
 //!
 //! A start is one span, "instance.start", a child of the action that asked for it; below it "claim", "launch" and "load".
+//! Its attribute `outcome` says "lost: <reason>" when the claim was refused by the rules: several nodes are offered one
+//! instance, so that is no error. `error` is for what went wrong.
 
 use drover_telemetry::context;
 use tracing::Span;
@@ -8,7 +10,14 @@ use tracing::Span;
 /// The span of a start, under the action that asked for it.
 #[must_use]
 pub fn start(instance: &str, deployment: &str, traceparent: &str) -> Span {
-    let span = tracing::info_span!(parent: None, "instance.start", instance, deployment, error = tracing::field::Empty);
+    let span = tracing::info_span!(
+        parent: None,
+        "instance.start",
+        instance,
+        deployment,
+        outcome = tracing::field::Empty,
+        error = tracing::field::Empty
+    );
     context::set_parent(&span, traceparent);
     span
 }

@@ -117,7 +117,13 @@ impl Claims {
             halt_generation: self.identity.stored().halt_generation,
             ..ClaimRequest::default()
         };
-        let span = info_span!(parent: None, "instance.reclaim", instance = run.instance, error = tracing::field::Empty);
+        let span = info_span!(
+            parent: None,
+            "instance.reclaim",
+            instance = run.instance,
+            outcome = tracing::field::Empty,
+            error = tracing::field::Empty
+        );
         match self.claim(request, CLAIM_DEADLINE, &span).await {
             Some(response) => {
                 let token = response.token.unwrap_or_default();
@@ -151,7 +157,11 @@ impl Claims {
                     continue;
                 }
             }
-            action.record("error", text.as_str());
+            if is_lost(&failure) {
+                action.record("outcome", format!("lost: {why}"));
+            } else {
+                action.record("error", text.as_str());
+            }
             tracing::debug!(instance = request.instance, "the claim was not made: {text}");
             if outcome_unknown(&failure) {
                 self.client = None;
@@ -193,6 +203,22 @@ impl Claims {
         self.refusals.insert(instance.to_owned(), why.clone());
         self.registry.context().events.tell(instance, "OfferDeclined", Severity::Warning, why);
     }
+}
+
+/// Whether a claim was refused by the rules of claiming, as all but one are when several nodes race for an offer.
+fn is_lost(status: &Status) -> bool {
+    matches!(
+        reason_of(status).as_deref(),
+        Some(
+            reason::ALREADY_CLAIMED
+                | reason::OFFER_GONE
+                | reason::SESSION_MOVED
+                | reason::HALTED
+                | reason::NO_CAPACITY
+                | reason::NOT_FOUND
+                | reason::DELETING
+        )
+    )
 }
 
 /// Whether a call may have taken effect though it has failed.

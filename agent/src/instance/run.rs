@@ -128,8 +128,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         // It ran and has ended already: its last words say more than its exit code.
         (None, Ok(())) => {
             let ended = ended(directory, None).await;
-            let good = ended.exec_error.is_none() && ended.code.is_none_or(|code| code == 0);
-            Err(Failed { message: format!("llama-server {ended}"), retry: good })
+            Err(Failed { message: format!("llama-server {ended}"), retry: !ended.gave_up() })
         }
     }
 }

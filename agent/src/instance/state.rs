@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | claimed | none | begin → starting · unwanted → stopped |
 //! | starting | being launched | launched → loading · launch failed → backoff or failed · unwanted → stopping |
-//! | loading | alive | healthy → ready · exits with an error → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
+//! | loading | alive | healthy → ready · exits with 1, its own report that it can't → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
 //! | ready | alive | 2 failed probes → suspect · ended → backoff or failed · unwanted → draining |
 //! | suspect | alive | 3 good probes → ready · ended → backoff or failed · unwanted → draining |
 //! | draining | alive | drained or too late → stopping · ended → stopped |
@@ -101,6 +101,15 @@ pub struct Ended {
     pub exec_error: Option<String>,
     /// The last lines of its log that say something.
     pub last_lines: String,
+}
+
+impl Ended {
+    /// Whether llama-server itself has reported that it can't serve this: it exits with 1 for a model that it can't load
+    /// and for an argument that it does not take. Any other code or a signal says nothing of the next attempt.
+    #[must_use]
+    pub fn gave_up(&self) -> bool {
+        self.exec_error.is_some() || self.code == Some(1)
+    }
 }
 
 impl std::fmt::Display for Ended {

@@ -192,7 +192,7 @@ impl Step<'_> {
         self.actions.push(Action::Close);
         let phase = self.state.phase;
         let reason = ended.to_string();
-        let gave_up = ended.exec_error.is_some() || ended.code.is_some_and(|code| code != 0);
+        let gave_up = ended.gave_up();
         self.state.last_end = Some(ended);
         let served_ms = self.state.ready_since_ms.take().map_or(0, |since| self.now_ms.saturating_sub(since));
         if !self.state.wanted {

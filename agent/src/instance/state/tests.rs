@@ -93,6 +93,14 @@ fn a_model_that_can_not_be_loaded_fails_with_the_last_line_and_is_not_tried_agai
 }
 
 #[test]
+fn only_its_own_report_of_a_bad_model_or_argument_makes_a_loading_server_fail_for_good() {
+    for code in [0, 2, 125, 134, 137, 139, 255] {
+        assert_eq!(run([Event::Begin, Event::Launched, exit(code)]).0.phase, Phase::Backoff, "exit code {code}");
+    }
+    assert_eq!(run([Event::Begin, Event::Launched, exit(1)]).0.phase, Phase::Failed);
+}
+
+#[test]
 fn restarts_back_off_and_a_crash_loop_ends() {
     let policy = policy();
     let mut state = run([Event::Begin, Event::Launched, ok()]).0;

@@ -15,37 +15,51 @@ const APPLY_DEADLINE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Routes {
     proxy: ProxyHandle,
-    routes: Mutex<BTreeMap<String, Route>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    routes: BTreeMap<String, Route>,
+    /// Before all instances are taken back a set would leave some out, and the proxy would turn their requests away.
+    announced: bool,
 }
 
 impl Routes {
     /// Routes through this proxy. It keeps those that it has until [`Routes::announce`].
     #[must_use]
     pub fn new(proxy: ProxyHandle) -> Self {
-        Self { proxy, routes: Mutex::default() }
+        Self { proxy, inner: Mutex::default() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Route>> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing panics while it holds the lock; should it ever, the map is still whole.
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a route in without telling the proxy yet.
     pub fn prepare(&self, route: Route) {
-        self.lock().insert(route.instance.clone(), route);
+        self.lock().routes.insert(route.instance.clone(), route);
     }
 
-    /// Gives the proxy the set as it is.
+    /// Gives the proxy the set as it is, now and with every change from now on.
     pub fn announce(&self) {
-        let routes = self.lock();
-        self.proxy.set_routes(routes.values().cloned().collect());
+        self.lock().announced = true;
+        self.tell();
     }
 
-    /// Sets an instance's route and waits until it is in force.
+    fn tell(&self) {
+        let inner = self.lock();
+        if inner.announced {
+            self.proxy.set_routes(inner.routes.values().cloned().collect());
+        }
+    }
+
+    /// Sets an instance's route and waits until it is in force; before [`Routes::announce`] it is only taken in.
     pub async fn set(&self, route: Route) {
         let instance = route.instance.clone();
         self.prepare(route);
-        self.announce();
+        self.tell();
         if !self.proxy.wait_applied(APPLY_DEADLINE).await {
             tracing::warn!(instance, "the proxy has not taken the route yet; it is given it when it answers again");
         }
@@ -53,8 +67,8 @@ impl Routes {
 
     /// Removes an instance's route.
     pub fn remove(&self, instance: &str) {
-        self.lock().remove(instance);
-        self.announce();
+        self.lock().routes.remove(instance);
+        self.tell();
     }
 
     /// Waits until an instance whose route takes no requests has none in flight; false when it still has at the end.

@@ -1,5 +1,8 @@
 use crate::support::*;
-use drover_agent::proxy::{ProxyHandle, client::end_at};
+use drover_agent::{
+    instance::routes::Routes,
+    proxy::{ProxyHandle, client::end_at},
+};
 use nix::sys::signal::Signal;
 use std::time::{Duration, Instant};
 
@@ -27,6 +30,31 @@ async fn the_proxy_outlives_the_agent_and_is_taken_over_by_the_next_one() {
     assert_eq!(text(calling.await.unwrap()).await, "still", "before the new agent has set any route");
     host.end().await;
     assert!(!alive(pid));
+}
+
+#[tokio::test]
+async fn the_next_agent_gives_its_routes_only_when_it_has_them_all() {
+    let mut host = Host::start().await;
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, second) = (Upstream::listen(first.path()), Upstream::listen(second.path()));
+    let routes = [("a-222222", &first), ("b-222222", &second)].map(|(id, u)| route(id, &u.socket, host.folder.path()));
+    host.route(&routes).await;
+    host.proxy = None;
+    let next = ProxyHandle::ensure(host.settings.clone()).await.unwrap();
+    let adopted = Routes::new(next.clone());
+    host.proxy = Some(next);
+    // The supervisor of the first instance is at work before that of the second is there.
+    adopted.prepare(routes[0].clone());
+    adopted.set(routes[0].clone()).await;
+    assert!(host.proxy().wait_applied(PATIENCE).await);
+    let calling = tokio::spawn(call(get(&host.url("/i/b-222222/v1/x"))));
+    soon("the request", second.request()).await.answer("still").await;
+    assert_eq!(text(calling.await.unwrap()).await, "still");
+    adopted.announce();
+    assert!(host.proxy().wait_applied(PATIENCE).await);
+    let answer = call(get(&host.url("/i/b-222222/v1/x"))).await;
+    assert_eq!(answer.status(), 503, "what the full set leaves out is gone");
+    host.end().await;
 }
 
 #[tokio::test]

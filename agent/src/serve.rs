@@ -4,7 +4,7 @@ use crate::{
     config::Settings,
     host,
     instance::{
-        arguments::Known,
+        arguments::{self, Known},
         board::Board,
         context::{Context, Events},
         registry::Registry,
@@ -17,7 +17,7 @@ use crate::{
 };
 use anyhow::{Context as _, ensure};
 use drover_proto::{files, transport::Target, v1::Capacity};
-use std::{path::Path, process::Stdio, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, process::Stdio, sync::Arc, time::Duration};
 use tokio::time::timeout;
 
 /// How long `llama-server --help` may take.
@@ -39,7 +39,7 @@ impl Agent {
     pub async fn start(settings: Settings, telemetry: drover_telemetry::Handle) -> anyhow::Result<Self> {
         let settings = Arc::new(settings);
         let lock = lock::take(&settings.state_dir, LOCK_PATIENCE).await?;
-        let known = known_flags(&settings.llama_server).await?;
+        let known = known_flags(&settings.llama_server, &settings.llama_server_environment).await?;
         let proxy = ProxyHandle::ensure(settings.proxy()).await?;
         let (events, waiting_events) = Events::new();
         let context = Arc::new(Context {
@@ -101,10 +101,12 @@ impl Agent {
 }
 
 /// Asks the installed llama-server which flags it knows.
-async fn known_flags(llama_server: &Path) -> anyhow::Result<Known> {
+async fn known_flags(llama_server: &Path, configured: &BTreeMap<String, String>) -> anyhow::Result<Known> {
     #[allow(clippy::disallowed_methods, reason = "asks the program for its flags; it serves nothing and ends at once")]
     let mut command = tokio::process::Command::new(llama_server);
-    command.arg("--help").env_clear().stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    // As it is started to serve: without its LD_LIBRARY_PATH, say, it would not even print its help.
+    let environment = arguments::environment(&[], Path::new("/"), configured);
+    command.arg("--help").env_clear().envs(environment).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     let shown = llama_server.display();
     let output = timeout(HELP_DEADLINE, command.output())
         .await
@@ -117,4 +119,23 @@ async fn known_flags(llama_server: &Path) -> anyhow::Result<Known> {
         output.status
     );
     Ok(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[tokio::test]
+    async fn the_flags_are_asked_for_in_the_configured_environment() {
+        let place = tempfile::tempdir().unwrap();
+        let program = place.path().join("llama-server");
+        std::fs::write(&program, "#!/bin/sh\n[ \"$LIBRARIES\" = here ] && printf '%s\\n' '--host X' '--metrics'\n")
+            .unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let error = known_flags(&program, &BTreeMap::new()).await.unwrap_err().to_string();
+        assert!(error.contains("shows no flags"), "{error}");
+        let configured = BTreeMap::from([("LIBRARIES".to_owned(), "here".to_owned())]);
+        assert!(known_flags(&program, &configured).await.unwrap().has("--host"));
+    }
 }

@@ -32,9 +32,8 @@ pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> 
             .with_context(|| path.display().to_string())?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut file) => {
-                // Only for the message below.
-                file.set_len(0)?;
-                file.write_all(std::process::id().to_string().as_bytes())?;
+                // Only for the message below: on a full disk what runs must be taken back all the same.
+                let _ = file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes()));
                 return Ok(Lock(file));
             }
             Err((mut file, Errno::EWOULDBLOCK)) => {

@@ -3,7 +3,6 @@
 use super::stored::{self, Stored};
 use crate::instance::context::Events;
 use drover_proto::v1::{Severity, Welcome};
-use drover_shim::durable;
 use std::{
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -62,8 +61,11 @@ impl Identity {
         self.lock().clone()
     }
 
-    /// Takes a welcome, on disk first. `Err` when it is of an older store than this node knows, or can't be written.
-    pub fn welcome(&self, welcome: &Welcome) -> Result<(), String> {
+    /// Takes a welcome, on disk first. `Err` when it is of an older store than this node knows.
+    ///
+    /// A session that can't be written down is held all the same, and told: the next agent would not know its id and would
+    /// wait until it has run out, which costs less than a node without a session for as long as its disk is full.
+    pub fn welcome(&self, welcome: &Welcome, events: &Events) -> Result<(), String> {
         let mut stored = self.lock();
         if welcome.store_generation < stored.store_generation {
             return Err(format!(
@@ -92,7 +94,10 @@ impl Identity {
             halt_generation: stored.halt_generation,
         };
         if now != *stored {
-            stored::write(&self.state_dir, &now).map_err(|error: durable::Error| error.to_string())?;
+            if let Err(error) = stored::write(&self.state_dir, &now) {
+                let message = format!("the next agent will have to wait until this session has run out: {error}");
+                events.tell("", "SessionNotOnDisk", Severity::Error, message);
+            }
             *stored = now;
         }
         self.session.send_modify(|session| {

@@ -177,7 +177,7 @@ impl Session {
                 welcome.protocol
             );
         }
-        self.identity.welcome(&welcome).map_err(anyhow::Error::msg)?;
+        self.identity.welcome(&welcome, &self.registry.context().events).map_err(anyhow::Error::msg)?;
         self.registry.context().session.extend(sent_ns, ttl);
         let session = self.identity.session();
         tracing::info!(

@@ -19,6 +19,8 @@ pub(super) fn init(filter: &str) -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(false)
+        // Told on standard error, which is the very file that can't be written: that would panic.
+        .log_internal_errors(false)
         .try_init()
         .map_err(|error| anyhow::anyhow!("the log can't be opened: {error}"))
 }

@@ -51,7 +51,10 @@ pub(super) fn spawn(settings: &ProxySettings, known: Option<SocketAddr>) -> anyh
     fs::create_dir_all(&settings.state_dir)
         .with_context(|| format!("folder {} can't be made", settings.state_dir.display()))?;
     let log = settings.log_file();
-    own_log::bound(&log, own_log::BYTES_MAX).with_context(|| format!("{} can't be rotated", log.display()))?;
+    if let Err(error) = own_log::bound(&log, own_log::BYTES_MAX) {
+        // A full disk costs the log, not the service.
+        tracing::warn!(path = %log.display(), %error, "the proxy's log can't be moved aside");
+    }
     let log_file = File::options()
         .create(true)
         .append(true)

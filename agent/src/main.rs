@@ -40,6 +40,11 @@ enum Sub {
 
 fn main() -> ExitCode {
     let command = Command::parse();
+    if matches!(command.subcommand, Some(Sub::Proxy(_))) {
+        // It outlives the agent: whoever waits for the end of a pipe that the agent has inherited would wait for it too.
+        // Nothing is open here yet but that.
+        drover_shim::sys::close_from(3);
+    }
     let runtime = match Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&anyhow::Error::new(error).context("runtime")),

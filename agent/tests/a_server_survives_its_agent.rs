@@ -31,6 +31,23 @@ async fn after_sigkill_the_next_agent_resumes_session_and_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_proxy_keeps_nothing_that_the_agent_has_inherited() {
+    // Without close-on-exec: whoever started the agent waits for the end of such a pipe, not for the end of the proxy.
+    let (_read, write) = nix::unistd::pipe().unwrap();
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&write))).unwrap();
+    let node = Node::start().await;
+    let socket = std::os::unix::net::UnixStream::connect(node.path("state/run/proxy.sock")).unwrap();
+    let proxy = nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::PeerCredentials).unwrap().pid();
+    let held = |pid: i64| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        open.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok()).any(|file| file == name)
+    };
+    assert!(held(i64::from(node.agent.as_ref().unwrap().id())), "else this test proves nothing");
+    assert!(!held(i64::from(proxy)));
+    assert!(!held(node.run("tiny-234567").await.pid));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_the_agent_alone() {
     let mut node = Node::start().await;
     let ready = node.run("tiny-234567").await;

@@ -31,14 +31,15 @@ use tracing::{Instrument as _, Span, info_span};
 /// Pause between probes while the model loads, and when it is loaded.
 const PROBE_LOADING: Duration = Duration::from_millis(50);
 const PROBE_SERVING: Duration = Duration::from_secs(1);
-/// How often a loading process is asked whether it has done anything.
+/// How often a loading process is asked whether it has done anything. That is measured by its processor time alone: one
+/// that only waits for a slow disk or for a GPU uses none meanwhile, so `load_timeout_ms` must outlast such a wait.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How an instance begins under this agent.
 /// How long a shim is waited for whose server has ended, and how often it is looked at.
 const SHIM_PATIENCE: Duration = Duration::from_secs(1);
 const SHIM_POLL: Duration = Duration::from_millis(5);
 
+/// How an instance begins under this agent.
 #[derive(Debug)]
 pub enum Begin {
     /// Claimed now. The span covers it from the offer on.
@@ -97,9 +98,9 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         Begin::Ended(ended) => (State::ended(ended, claim.restarts, now_ms()), Spans::default(), None),
         Begin::Failed(message) => (State::failed(message, claim.restarts), Spans::default(), None),
     };
-    let supervisor = Supervisor {
     // What an earlier agent has seen begin did not begin now.
     let since = claim.since.filter(|(before, _)| *before == state.reported()).map_or_else(clock::now, |(_, at)| at);
+    let supervisor = Supervisor {
         context,
         claim,
         directory,
@@ -327,10 +328,10 @@ impl Supervisor {
         if failed == self.claim.failed && self.state.restarts == self.claim.restarts && !lasting {
             return;
         }
-        self.claim.failed = failed;
         if lasting {
             self.claim.since = Some((self.state.reported(), self.since));
         }
+        self.claim.failed = failed;
         self.claim.restarts = self.state.restarts;
         if let Err(error) = self.claim.write(self.directory.path()) {
             tracing::warn!(instance = self.claim.instance, %error, "what was learnt is not on disk");

@@ -58,7 +58,8 @@ fn applies_and_shows(operator: &Operator<'_>, tiny: &str) -> anyhow::Result<()> 
     let instances = operator.json(&["get", "instances", "--deployment", "tiny", "--node", "a"])?;
     let mut shown: Vec<i64> = instances["instances"].as_array().into_iter().flatten().filter_map(pid).collect();
     let mut running: Vec<i64> = servers_with(&operator.cluster.mark()).iter().map(|f| f.pid.into()).collect();
-    (shown.sort_unstable(), running.sort_unstable());
+    shown.sort_unstable();
+    running.sort_unstable();
     assert_eq!(shown, running, "the pids shown are those of the llama-servers");
     Ok(())
 }
@@ -158,6 +159,11 @@ fn says_why_not(operator: &Operator<'_>) -> anyhow::Result<()> {
     let last = err.lines().last().unwrap_or_default();
     assert!(last.contains("far was not ready within 2 s") && last.contains("zone=moon"), "{err}");
 
+    let file = operator.file("vast", "name = 'vast'\nmodel_path = 'tiny.gguf'\nmemory_bytes = 1099511627776\n")?;
+    let (code, _, err) = operator.run(&["apply", "-f", &file, "--wait", "--timeout", "1"])?;
+    let last = err.lines().last().unwrap_or_default();
+    assert!(code == 4 && last.contains("vast was not ready within 1 s") && last.contains("needed"), "{code}: {err}");
+
     // Declined by every node: the words are too short to be a model at all.
     fs::write(operator.cluster.folder().join("models/words.gguf"), "no model")?;
     let words = operator.file("words", "name = 'words'\nmodel_path = 'words.gguf'\n")?;
@@ -173,7 +179,7 @@ fn says_why_not(operator: &Operator<'_>) -> anyhow::Result<()> {
     let last = err.lines().last().unwrap_or_default();
     assert!(code == 1 && last.contains("half does not become ready") && last.contains("half.gguf"), "{code}: {err}");
 
-    for name in ["far", "words", "half"] {
+    for name in ["far", "vast", "words", "half"] {
         let (code, _, err) = operator.run(&["delete", name, "--wait"])?;
         assert_eq!(code, 0, "{err}");
     }

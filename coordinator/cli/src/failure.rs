@@ -72,7 +72,8 @@ impl From<transport::Error> for Failure {
     fn from(error: transport::Error) -> Self {
         match error {
             transport::Error::Unreachable { .. } => Self::Unreachable(error.to_string()),
-            _ => Self::Input(error.to_string()),
+            // The transport names the key of a configuration file; of a command it is an option.
+            _ => Self::Input(error.to_string().replace("set allow_plaintext = true", "give --allow-plaintext")),
         }
     }
 }
@@ -105,7 +106,11 @@ fn sentence(status: &Status) -> String {
             text.push_str(&one_line(&format!("; {}: {}", violation.field, violation.description)));
         }
     }
-    if let Some(reason) = status::reason_of(status) {
+    let reason = status::reason_of(status);
+    if reason.as_deref() == Some(status::reason::UNAUTHENTICATED) {
+        text.push_str("; with this command: --join-secret-file FILE, or DROVER_JOIN_SECRET_FILE");
+    }
+    if let Some(reason) = reason {
         text.push_str(&format!(" ({reason})"));
     }
     text
@@ -142,6 +147,18 @@ mod tests {
         assert_eq!(Failure::of_status(&Status::unavailable("tcp connect error")).exit_code(), 3);
         let ours = status::with_reason(Code::Unavailable, status::reason::STORE_UNAVAILABLE, "the store is away");
         assert_eq!(Failure::of_status(&ours).exit_code(), 1);
+    }
+
+    #[test]
+    fn a_refusal_for_want_of_a_secret_names_the_option() {
+        let status = status::with_reason(Code::Unauthenticated, status::reason::UNAUTHENTICATED, "no valid secret");
+        let failure = Failure::of_status(&status);
+        assert!(failure.message().is_some_and(|m| m.contains("--join-secret-file")), "{failure:?}");
+        let security =
+            transport::Security { secret: transport::Secret::new("0123456789abcdef"), allow_plaintext: false };
+        let error = transport::Target::new(&["10.0.0.1:7400".to_owned()], &security, None).unwrap_err();
+        let failure = Failure::from(error);
+        assert!(failure.message().is_some_and(|m| m.contains("--allow-plaintext")), "{failure:?}");
     }
 
     #[test]

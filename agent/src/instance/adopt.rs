@@ -213,5 +213,5 @@ pub fn remove(directory: &Directory, socket: &Path) -> bool {
             _ => {}
         }
     }
-}
     true
+}

@@ -248,6 +248,6 @@ fn won(instance: &str, response: ClaimResponse, memory_bytes: i64) -> Claim {
         memory_bytes,
         restarts: 0,
         failed: None,
+        since: None,
     }
 }
-        since: None,

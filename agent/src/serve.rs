@@ -122,6 +122,7 @@ async fn known_flags(llama_server: &Path, configured: &BTreeMap<String, String>)
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "writes a program to ask")]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;

@@ -23,7 +23,9 @@ use tracing::Instrument as _;
 const CONCURRENT: usize = 16;
 /// Longest wait for the view to see what was written, before planning anyway (each write is guarded).
 const CATCH_UP: Duration = Duration::from_secs(5);
-/// Pause after a plan of which something failed.
+/// Longest time without a new plan.
+const IDLE: Duration = Duration::from_secs(10);
+/// Pause after a plan of which something failed, or nothing could be carried out.
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What the cycle works with.
@@ -58,11 +60,15 @@ impl Cycle {
                     () = self.lead(term) => {}
                     _ = over.wait_for(|now| *now != Some(term)) => {}
                 }
+                // What finds no node is the next leader's to tell.
+                self.unplaced.send_replace(BTreeMap::new());
             }
         };
         tokio::select! {
-            () = work => {}
+            // First, since the view ends with it, and work without a view would not wait for anything.
+            biased;
             () = stop.cancelled() => {}
+            () = work => {}
         }
     }
 
@@ -95,12 +101,16 @@ impl Cycle {
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
-            let idle = plan.wake_at_ms.map_or(Duration::from_secs(10), |at| {
-                Duration::from_millis(u64::try_from(at - clock::now_ms()).unwrap_or(0) + 1)
-            });
-            if plan.actions.is_empty() {
-                let _ = tokio::time::timeout(idle, snapshots.changed()).await;
-            }
+            let pause = if plan.actions.is_empty() {
+                plan.wake_at_ms
+                    .map_or(IDLE, |at| Duration::from_millis(u64::try_from(at - clock::now_ms()).unwrap_or(0) + 1))
+            } else if written == 0 {
+                // Nothing is as the plan saw it: the same plan would come again until the view has changed.
+                RETRY
+            } else {
+                continue;
+            };
+            let _ = tokio::time::timeout(pause, snapshots.changed()).await;
         }
     }
 

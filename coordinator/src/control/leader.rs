@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Time to live of the leader's lease.
 pub const TTL: Duration = Duration::from_secs(5);
+/// Pause after a term, and after an election that was lost or failed: each try grants a lease.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A term: the leader's key as this coordinator wrote it.
@@ -46,15 +47,21 @@ pub fn start(
 ) -> (Leadership, tokio::task::JoinHandle<()>) {
     let (publish, leadership) = watch::channel(None);
     let task = tokio::spawn(async move {
-        while !stop.is_cancelled() {
-            if let Err(error) = term(&store, &view, &id, &publish, &stop).await {
+        loop {
+            tokio::select! {
+                // First, since the view ends with it.
+                biased;
+                () = stop.cancelled() => return,
+                () = vacant(&view) => {}
+            }
+            if let Err(error) = term(&store, &id, &publish, &stop).await {
                 tracing::warn!(%error, "election");
             }
             publish.send_replace(None);
+            // Also when the view shows no leader: it may lag, or the store may refuse to have one.
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
-                () = vacant(&view) => {}
-                () = stop.cancelled() => {}
+                () = stop.cancelled() => return,
             }
         }
     });
@@ -70,14 +77,10 @@ async fn vacant(view: &View) {
 /// Stands for election once; when elected, leads until the lease is lost.
 async fn term(
     store: &Store,
-    view: &View,
     id: &str,
     publish: &watch::Sender<Option<Term>>,
     stop: &CancellationToken,
 ) -> Result<(), Error> {
-    if view.snapshot().leader.is_some() {
-        return Ok(());
-    }
     let granted_at = Instant::now();
     let lease = store.grant(TTL).await?;
     let since_ms = clock::now_ms();

@@ -1,5 +1,8 @@
 //! Claims, reports, election and collection over the store in memory: each rule by name.
 
+mod faults;
+mod faulty;
+
 use super::{claims, claims::Claims, cycle::Cycle, events::Events, leader, status::Statuses, view::View};
 use crate::{
     plan,
@@ -26,7 +29,10 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let store: Store = Arc::new(Memory::start(1));
+        Self::over(Arc::new(Memory::start(1))).await
+    }
+
+    async fn over(store: Store) -> Self {
         schema::open(&store).await.unwrap();
         let stop = CancellationToken::new();
         let view = View::start(store.clone(), stop.clone());
@@ -123,6 +129,18 @@ impl World {
         self.statuses.record(node, &report).await.unwrap()
     }
 
+    /// Waits until the last event asked for is recorded.
+    async fn events_settled(&self) {
+        let object = super::events::FLEET.to_owned();
+        self.events.record(object, "Settled", drover_proto::v1::Severity::Info, String::new());
+        let settled = async {
+            while self.store.list(&keys::events(super::events::FLEET)).await.unwrap().items.is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAIT, settled).await.unwrap();
+    }
+
     async fn keys(&self) -> Vec<String> {
         let listing = self.store.list("").await.unwrap();
         listing.items.into_iter().map(|i| i.key).filter(|k| !k.starts_with(keys::EVENTS)).collect()
@@ -190,23 +208,24 @@ async fn under_a_halt_only_what_runs_is_claimed_again() {
 async fn a_report_under_a_stale_token_changes_nothing() {
     let world = World::new().await;
     world.deployment("m", 1).await;
-    let a = world.node("a", 100).await;
+    let (a, b) = (world.node("a", 100).await, world.node("b", 100).await);
     let offer = world.offered("m-222222", &["a"]).await;
-    let (token, moved) = world.claim("a", "m-222222", a, offer).await.unwrap();
+    let (token, _) = world.claim("a", "m-222222", a, offer).await.unwrap();
     assert!(world.report("a", "m-222222", token, InstanceState::Ready).await);
-    // The claim is lost and made anew: the old token is stale from then on.
+    // The claim is lost and made anew by another node: the old token is stale from then on.
     let txn = Txn { then: vec![crate::store::Op::Delete(keys::claim("m-222222"))], ..Txn::default() };
     let gone = world.store.txn(txn).await.unwrap().revision;
     world.view.at_least(gone, WAIT).await.unwrap();
-    let (newer, _) = world.claim("a", "m-222222", moved, 0).await.unwrap();
+    let (newer, _) = world.claim("b", "m-222222", b, 0).await.unwrap();
     assert!(newer > token);
-    for stale in [token, Token { generation: 0, ..newer }, Token { generation: 2, ..newer }] {
-        assert!(!world.report("a", "m-222222", stale, InstanceState::Failed).await);
+    assert!(!world.report("a", "m-222222", token, InstanceState::Failed).await);
+    for stale in [Token { generation: 0, ..newer }, Token { generation: 2, ..newer }] {
+        assert!(!world.report("b", "m-222222", stale, InstanceState::Failed).await);
     }
     let status: record::Status =
         records::decode(&world.store.get(&keys::status("m-222222")).await.unwrap().unwrap()).unwrap();
     assert_eq!((status.state(), status.token), (InstanceState::Ready, Some(token)), "as the owner left it");
-    assert!(world.report("a", "m-222222", newer, InstanceState::Ready).await);
+    assert!(world.report("b", "m-222222", newer, InstanceState::Ready).await);
     // The record of one's own ended run may be closed, whoever owns the instance now; it touches nothing else.
     assert!(world.keys().await.contains(&keys::run("m-222222", &token)));
     assert!(!world.report("b", "m-222222", token, InstanceState::Stopped).await, "not b's run");

@@ -1,0 +1,78 @@
+//! A store that fails as real ones do: out of space, or with a write that commits late.
+
+use crate::store::{Backend, Error, KeyValue, Listing, Txn, TxnOutcome, Watch, memory::Memory};
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+#[derive(Debug)]
+pub(super) struct Faulty {
+    inner: Memory,
+    pub(super) grants: AtomicUsize,
+    pub(super) txns: AtomicUsize,
+    /// Writes are refused.
+    pub(super) full: AtomicBool,
+    /// The next transaction is held back, its outcome unknown to its caller.
+    pub(super) hold: AtomicBool,
+    held: Mutex<Option<Txn>>,
+}
+
+impl Faulty {
+    pub(super) fn start() -> Self {
+        Self {
+            inner: Memory::start(1),
+            grants: AtomicUsize::new(0),
+            txns: AtomicUsize::new(0),
+            full: AtomicBool::new(false),
+            hold: AtomicBool::new(false),
+            held: Mutex::new(None),
+        }
+    }
+
+    /// The transaction held back commits now, if it still may.
+    pub(super) async fn commit_held(&self) -> TxnOutcome {
+        let held = self.held.lock().unwrap().take().unwrap();
+        self.inner.txn(held).await.unwrap()
+    }
+}
+
+#[async_trait::async_trait]
+impl Backend for Faulty {
+    async fn get(&self, key: &str) -> Result<Option<KeyValue>, Error> {
+        self.inner.get(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Listing, Error> {
+        self.inner.list(prefix).await
+    }
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, Error> {
+        self.txns.fetch_add(1, SeqCst);
+        if self.hold.swap(false, SeqCst) {
+            *self.held.lock().unwrap() = Some(txn);
+            return Err(Error::OutcomeUnknown("held back".to_owned()));
+        }
+        if self.full.load(SeqCst) && txn.writes() {
+            return Err(Error::NoSpace("on purpose".to_owned()));
+        }
+        self.inner.txn(txn).await
+    }
+    async fn grant(&self, ttl: Duration) -> Result<i64, Error> {
+        self.grants.fetch_add(1, SeqCst);
+        self.inner.grant(ttl).await
+    }
+    async fn renew(&self, lease: i64) -> Result<Duration, Error> {
+        self.inner.renew(lease).await
+    }
+    async fn revoke(&self, lease: i64) -> Result<(), Error> {
+        self.inner.revoke(lease).await
+    }
+    async fn watch(&self, prefix: &str, from_revision: i64) -> Result<Watch, Error> {
+        self.inner.watch(prefix, from_revision).await
+    }
+    async fn cluster_id(&self) -> Result<u64, Error> {
+        self.inner.cluster_id().await
+    }
+}

@@ -50,6 +50,9 @@ impl NodeService for Node {
         ids::check_instance_id(&request.instance).map_err(|e| invalid_field("instance", e.to_string()))?;
         let claimed = self.claims.claim(&node, &request).instrument(span).await;
         claimed.map(Response::new).map_err(|error| match error {
+            claims::Error::Refused { reason: why @ reason::INVALID_FIELD, message } => {
+                with_reason(Code::InvalidArgument, why, message)
+            }
             claims::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, reason, message),
             claims::Error::Behind(behind) => {
                 with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, behind.to_string())

@@ -14,6 +14,7 @@ use crate::{
     store::{self, Compare, Op, Store, Txn, keys, records},
 };
 use drover_proto::{
+    limits,
     status::reason,
     store::v1 as record,
     v1::{ClaimRequest, ClaimResponse, Severity, Token},
@@ -134,12 +135,13 @@ fn check(snapshot: &Snapshot, node: &str, request: &ClaimRequest) -> Result<reco
     if snapshot.halted() && !(again && snapshot.halt.as_ref().is_some_and(|h| h.value.level == "claims")) {
         return Err(refused(reason::HALTED, "claiming is halted"));
     }
-    if request.memory_bytes < 0 {
-        return Err(refused(reason::INVALID_FIELD, format!("memory_bytes = {} is negative", request.memory_bytes)));
+    if !(0..=limits::MEMORY_BYTES_MAX).contains(&request.memory_bytes) {
+        let (bytes, max) = (request.memory_bytes, limits::MEMORY_BYTES_MAX);
+        return Err(refused(reason::INVALID_FIELD, format!("memory_bytes = {bytes} is not allowed: use 0 to {max}")));
     }
     if !again {
         let capacity = snapshot.nodes.get(node).and_then(|n| n.value.capacity.as_ref()).map_or(0, |c| c.memory_bytes);
-        let free = capacity - snapshot.reserved_bytes(node);
+        let free = capacity.saturating_sub(snapshot.reserved_bytes(node));
         if free < request.memory_bytes {
             let message = format!("{node} has {free} bytes of memory left, {} are needed", request.memory_bytes);
             return Err(refused(reason::NO_CAPACITY, message));

@@ -1,9 +1,11 @@
 //! Sessions: a node's time under one lease.
 //!
-//! Owns: opening and resuming ([`open`]), what a node is to be told ([`outbox`], pure), and the stream itself: heartbeats
+//! Owns: opening and resuming ([`open`]), what a node is to be told ([`outbox`], pure), what it
+//! tells of itself meanwhile ([`node_record`]), and the stream itself: heartbeats
 //! cause renewals and are acknowledged after the store's answer, over a connection to the store of their own.
 //! A stream that breaks revokes nothing.
 
+pub(super) mod node_record;
 mod open;
 mod outbox;
 mod stream;

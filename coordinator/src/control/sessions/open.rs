@@ -1,11 +1,12 @@
 //! Opening a session, and resuming one.
 
-use super::Settings;
+use super::{Settings, outbox};
 use crate::{
     control::{clock, view::View},
     store::{self, Compare, Op, Store, Txn, keys, records},
 };
 use drover_proto::{PROTOCOL_MAX, PROTOCOL_MIN, VERSION, status::reason, store::v1 as record, v1::Hello};
+use prost_types::Timestamp;
 use uuid::Uuid;
 
 /// Why a session was not opened.
@@ -39,6 +40,8 @@ pub struct Opened {
     pub revision: i64,
     /// Whether it existed before.
     pub resumed: bool,
+    /// When, as the node's record says; tells whether the node has joined again since.
+    pub joined_at: Option<Timestamp>,
 }
 
 /// The protocol version that both sides speak.
@@ -86,11 +89,10 @@ pub async fn open(store: &Store, view: &View, settings: &Settings, node: &str, h
         Compare::ModRevision(keys::SCHEMA.to_owned(), schema.mod_revision),
         Compare::ModRevision(keys::node(node), known.map_or(0, |k| k.mod_revision)),
     ];
-    let put_node = records::put(keys::node(node), &told, 0);
     let existing = store.get(&keys::session(node)).await?;
     match existing {
-        Some(existing) => resume(store, settings, node, hello, &existing, compare, put_node).await,
-        None => create(store, settings, node, compare, put_node).await,
+        Some(existing) => resume(store, settings, node, hello, &existing, compare, &told).await,
+        None => create(store, settings, node, compare, &told).await,
     }
 }
 
@@ -99,7 +101,7 @@ async fn create(
     settings: &Settings,
     node: &str,
     mut compare: Vec<Compare>,
-    put_node: Op,
+    told: &record::Node,
 ) -> Result<Opened, Error> {
     let lease = store.grant(settings.ttl).await?;
     let session = record::Session {
@@ -110,12 +112,12 @@ async fn create(
         opened_at: Some(clock::now()),
     };
     compare.push(Compare::CreateRevision(keys::session(node), 0));
-    let txn =
-        Txn { compare, then: vec![records::put(keys::session(node), &session, lease), put_node], otherwise: vec![] };
+    let txn = Txn { compare, then: puts(node, &session, told), otherwise: vec![] };
     // An unknown outcome leaves the lease to run out: nobody renews it, so what may have been written goes with it.
     let outcome = store.txn(txn).await?;
     if outcome.succeeded {
-        return Ok(Opened { session_id: session.session_id, lease, revision: outcome.revision, resumed: false });
+        let (session_id, joined_at) = (session.session_id, told.joined_at);
+        return Ok(Opened { session_id, lease, revision: outcome.revision, resumed: false, joined_at });
     }
     store.revoke(lease).await?;
     Err(refused(reason::SESSION_EXISTS, format!("{node} was joined by another agent at the same moment: try again")))
@@ -129,7 +131,7 @@ async fn resume(
     hello: &Hello,
     existing: &store::KeyValue,
     mut compare: Vec<Compare>,
-    put_node: Op,
+    told: &record::Node,
 ) -> Result<Opened, Error> {
     let session = records::decode::<record::Session>(existing)?;
     if hello.resume_session_id != session.session_id {
@@ -143,22 +145,21 @@ async fn resume(
     compare.push(Compare::ModRevision(keys::session(node), existing.mod_revision));
     let bumped =
         record::Session { version: session.version + 1, coordinator: settings.coordinator.clone(), ..session.clone() };
-    let txn = Txn {
-        compare,
-        then: vec![records::put(keys::session(node), &bumped, session.lease), put_node],
-        otherwise: vec![],
-    };
+    let txn = Txn { compare, then: puts(node, &bumped, told), otherwise: vec![] };
     let outcome = store.txn(txn).await?;
     if !outcome.succeeded {
         return Err(refused(reason::SESSION_MOVED, format!("the session of {node} has just changed: try again")));
     }
-    Ok(Opened { session_id: session.session_id, lease: session.lease, revision: outcome.revision, resumed: true })
+    let (session_id, lease, joined_at) = (session.session_id, session.lease, told.joined_at);
+    Ok(Opened { session_id, lease, revision: outcome.revision, resumed: true, joined_at })
+}
+
+fn puts(node: &str, session: &record::Session, told: &record::Node) -> Vec<Op> {
+    vec![records::put(keys::session(node), session, session.lease), records::put(keys::node(node), told, 0)]
 }
 
 /// What the store keeps of a node.
 fn record_of(hello: &Hello, snapshot: &crate::plan::snapshot::Snapshot, node: &str) -> record::Node {
-    let owned = |id: &str| snapshot.claims.get(id).is_some_and(|c| c.value.node == node);
-    let free = hello.runs.iter().filter(|r| r.alive && !owned(&r.instance));
     record::Node {
         machine_id: hello.machine_id.clone(),
         labels: hello.labels.clone(),
@@ -166,9 +167,7 @@ fn record_of(hello: &Hello, snapshot: &crate::plan::snapshot::Snapshot, node: &s
         proxy_address: hello.proxy_address.clone(),
         agent_version: hello.agent_version.clone(),
         joined_at: Some(clock::now()),
-        unclaimed: free
-            .map(|r| record::UnclaimedRun { instance: r.instance.clone(), memory_bytes: r.memory_bytes })
-            .collect(),
+        unclaimed: outbox::unclaimed(&hello.runs, snapshot, node),
         models: hello.models.clone(),
     }
 }

@@ -2,8 +2,13 @@
 //! is sent when it differs from the last one sent.
 
 use crate::plan::snapshot::Snapshot;
-use drover_proto::v1::{
-    ClaimSet, EndRun, InstanceState, Offer, OwnedClaim, RecordedRun, SessionResponse, Token, session_response::Message,
+use drover_proto::{
+    limits,
+    store::v1::UnclaimedRun,
+    v1::{
+        ClaimSet, EndRun, InstanceState, Offer, OwnedClaim, RecordedRun, SessionResponse, Token,
+        session_response::Message,
+    },
 };
 use std::collections::BTreeMap;
 
@@ -40,15 +45,9 @@ impl Outbox {
         self.runs.retain(|r| r.instance != instance);
     }
 
-    /// Runs that are alive and not owned: they count as reserved on the node.
-    pub(super) fn unclaimed(&self, snapshot: &Snapshot, node: &str) -> Vec<drover_proto::store::v1::UnclaimedRun> {
-        let owned = |id: &str| snapshot.claims.get(id).is_some_and(|c| c.value.node == node);
-        let free = self.runs.iter().filter(|r| r.alive && !owned(&r.instance));
-        free.map(|r| drover_proto::store::v1::UnclaimedRun {
-            instance: r.instance.clone(),
-            memory_bytes: r.memory_bytes,
-        })
-        .collect()
+    /// See [`unclaimed`].
+    pub(super) fn unclaimed(&self, snapshot: &Snapshot, node: &str) -> Vec<UnclaimedRun> {
+        unclaimed(&self.runs, snapshot, node)
     }
 
     /// The set of claims, whether or not it has changed; remembered as sent.
@@ -89,6 +88,17 @@ impl Outbox {
         }
         (messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect(), again)
     }
+}
+
+/// Runs that are alive and not owned: they count as reserved on the node.
+pub(super) fn unclaimed(runs: &[RecordedRun], snapshot: &Snapshot, node: &str) -> Vec<UnclaimedRun> {
+    let owned = |id: &str| snapshot.claims.get(id).is_some_and(|c| c.value.node == node);
+    let free = runs.iter().filter(|r| r.alive && !owned(&r.instance));
+    free.map(|r| UnclaimedRun {
+        instance: r.instance.clone(),
+        memory_bytes: r.memory_bytes.clamp(0, limits::MEMORY_BYTES_MAX),
+    })
+    .collect()
 }
 
 fn claim_set(snapshot: &Snapshot, node: &str, runs: &[RecordedRun]) -> ClaimSet {

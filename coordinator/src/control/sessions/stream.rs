@@ -2,25 +2,26 @@
 
 use super::{
     Settings,
+    node_record::{self, Told},
     open::{self, Opened},
     outbox::Outbox,
 };
 use crate::{
     audit::Audit,
     control::{clock, events::Events, status::Statuses, view::View},
-    store::{self, Compare, Store, Txn, keys, records},
+    plan::snapshot::Snapshot,
+    store::{self, Store},
 };
 use drover_proto::{
     ids,
     status::{reason, with_reason},
-    store::v1 as record,
     v1::{
         Heartbeat, HeartbeatAck, Hello, NodeEvent, SessionRequest, SessionResponse, Severity, StatusAck, StatusReport,
         Welcome, session_request, session_response::Message,
     },
 };
 use std::{collections::BTreeMap, time::Duration};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -133,12 +134,14 @@ impl Sessions {
         let (closed, mut ended) = mpsc::channel(REPORTS);
         let renew = renew(self.store.clone(), opened.lease, heartbeats, answers.clone());
         let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone(), closed);
+        let (tell, told) = watch::channel(Told::default());
+        let node_record = node_record::keep(self.store.clone(), node.clone(), opened.joined_at, told);
         let mut snapshots = self.view.subscribe();
         let talk = async {
             loop {
                 let (due, again_ms) = {
                     let snapshot = snapshots.borrow_and_update().clone();
-                    if let Err(gone) = still_ours(&snapshot, &node, &opened) {
+                    if let Err(gone) = still_ours(&snapshot, &node, &opened, &self.settings.coordinator) {
                         let _ = answers.send(Err(gone)).await;
                         return;
                     }
@@ -155,19 +158,17 @@ impl Sessions {
                     Some(instance) = ended.recv() => {
                         outbox.ended(&instance);
                         let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
-                        if let Err(error) = self.rewrite_node(&node, |n| n.unclaimed = unclaimed.clone()).await {
-                            tracing::warn!(%error, node, "the node's unclaimed runs were not recorded");
-                        }
+                        tell.send_modify(|told| told.unclaimed = Some(unclaimed));
                     }
                     message = inbound.message() => match message {
-                        Ok(Some(message)) => self.take(&node, message, &beats, &reports).await,
+                        Ok(Some(message)) => self.take(&node, message, &beats, &reports, &tell).await,
                         Ok(None) | Err(_) => return,
                     },
                 }
             }
         };
         tokio::select! {
-            () = async { tokio::join!(renew, record); } => {}
+            () = async { tokio::join!(renew, record, node_record); } => {}
             () = talk => {}
             () = self.stop.cancelled() => {
                 let away = with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "this coordinator is shutting down");
@@ -183,6 +184,7 @@ impl Sessions {
         message: SessionRequest,
         beats: &mpsc::Sender<Heartbeat>,
         reports: &mpsc::Sender<StatusReport>,
+        tell: &watch::Sender<Told>,
     ) {
         match message.message {
             // A heartbeat that finds the queue full is answered by those before it.
@@ -193,9 +195,7 @@ impl Sessions {
             Some(session_request::Message::Event(event)) => self.node_event(node, event),
             Some(session_request::Message::Checkpoint(checkpoint)) => self.audit.checkpoint(node, checkpoint),
             Some(session_request::Message::Models(models)) => {
-                if let Err(error) = self.rewrite_node(node, |n| n.models = Some(models.clone())).await {
-                    tracing::warn!(%error, node, "the node's model files were not recorded");
-                }
+                tell.send_modify(|told| told.models = Some(models));
             }
             Some(session_request::Message::Hello(_)) | None => {
                 tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
@@ -210,28 +210,6 @@ impl Sessions {
         let severity = event.severity();
         let message: String = event.message.chars().take(2000).collect();
         self.events.record_from(format!("node/{node}"), object, &reason, severity, message);
-    }
-
-    /// Changes the node's record; done again when somebody else changed it meanwhile.
-    async fn rewrite_node(&self, node: &str, change: impl Fn(&mut record::Node)) -> Result<(), store::Error> {
-        for _ in 0..3 {
-            let Some(stored) = self.store.get(&keys::node(node)).await? else { return Ok(()) };
-            let mut value = records::decode::<record::Node>(&stored)?;
-            let before = value.clone();
-            change(&mut value);
-            if value == before {
-                return Ok(());
-            }
-            let txn = Txn {
-                compare: vec![Compare::ModRevision(keys::node(node), stored.mod_revision)],
-                then: vec![records::put(keys::node(node), &value, 0)],
-                otherwise: vec![],
-            };
-            if self.store.txn(txn).await?.succeeded {
-                return Ok(());
-            }
-        }
-        Err(store::Error::Unavailable("the record was changed by others three times in a row".to_owned()))
     }
 }
 
@@ -248,11 +226,14 @@ async fn until(at_ms: Option<i64>) {
 
 /// The stream goes on while its session stands and no other coordinator serves it.
 #[allow(clippy::result_large_err)] // tonic's own type
-fn still_ours(snapshot: &crate::plan::snapshot::Snapshot, node: &str, opened: &Opened) -> Result<(), Status> {
+fn still_ours(snapshot: &Snapshot, node: &str, opened: &Opened, coordinator: &str) -> Result<(), Status> {
     let moved = |why: String| Err(with_reason(Code::Aborted, reason::SESSION_MOVED, why));
     match snapshot.sessions.get(node) {
         _ if snapshot.revision < opened.revision => Ok(()),
-        Some(s) if s.value.session_id == opened.session_id => Ok(()),
+        Some(s) if s.value.session_id == opened.session_id && s.value.coordinator == coordinator => Ok(()),
+        Some(s) if s.value.session_id == opened.session_id => {
+            moved(format!("{node} has gone on with its session at coordinator {}", s.value.coordinator))
+        }
         Some(_) => moved(format!("{node} has opened another session")),
         None => moved(format!("the session of {node} has ended: its lease ran out")),
     }
@@ -351,5 +332,34 @@ pub(crate) fn store_status(error: store::Error) -> Status {
         E::Unavailable(_) | E::LeaseGone | E::Compacted(_) => {
             with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, error.to_string())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::snapshot::Stored;
+    use drover_proto::store::v1 as record;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_stream_ends_with_its_session_and_when_another_coordinator_serves_it() {
+        let (session_id, joined_at) = ("s".to_owned(), None);
+        let opened = Opened { session_id, lease: 1, revision: 5, resumed: false, joined_at };
+        let ours = |revision, session: Option<(&str, &str)>| {
+            let mut snapshot = Snapshot { revision, ..Snapshot::default() };
+            if let Some((id, coordinator)) = session {
+                let (session_id, coordinator) = (id.to_owned(), coordinator.to_owned());
+                let value = record::Session { session_id, coordinator, ..record::Session::default() };
+                let stored = Stored { value, create_revision: 5, mod_revision: revision };
+                snapshot.sessions.insert("a".to_owned(), Arc::new(stored));
+            }
+            still_ours(&snapshot, "a", &opened, "one").is_ok()
+        };
+        assert!(ours(4, None), "the view has not seen it yet");
+        assert!(ours(9, Some(("s", "one"))));
+        assert!(!ours(9, Some(("s", "two"))));
+        assert!(!ours(9, Some(("t", "one"))));
+        assert!(!ours(9, None));
     }
 }

@@ -1,7 +1,10 @@
 //! Late writes, a full store, a view that does not see: nothing is lost, overwritten or tried without a pause.
 
 use super::{faulty::Faulty, *};
-use crate::store::Op;
+use crate::{
+    control::sessions::node_record::{self, Told},
+    store::Op,
+};
 use std::sync::atomic::Ordering::SeqCst;
 
 async fn faulty() -> (World, Arc<Faulty>) {
@@ -159,4 +162,27 @@ async fn who_leads_no_more_does_not_go_on_telling_what_it_could_not_place() {
     lead.send_replace(None);
     let silent = tokio::time::timeout(WAIT, unplaced.wait_for(BTreeMap::is_empty)).await.is_ok();
     assert!(silent, "it is another's to tell");
+}
+
+#[tokio::test]
+async fn what_a_node_tells_of_itself_is_recorded_in_the_end_and_never_over_what_it_told_later_elsewhere() {
+    let (world, faulty) = faulty().await;
+    world.node("a", 100).await;
+    let models = |root: &str| Some(ModelInventory { roots: vec![root.to_owned()], ..ModelInventory::default() });
+    let (tell, told) = tokio::sync::watch::channel(Told::default());
+    let keeper = tokio::spawn(node_record::keep(world.store.clone(), "a".to_owned(), None, told));
+    tokio::time::pause();
+    faulty.full.store(true, SeqCst);
+    tell.send_modify(|t| t.models = models("/first"));
+    let_run().await;
+    faulty.full.store(false, SeqCst);
+    shown(&world, "the models", |s| s.nodes["a"].value.models == models("/first")).await;
+    // The node joins again, elsewhere.
+    let joined_at = Some(super::super::clock::now());
+    let node = record::Node { models: models("/later"), joined_at, ..record::Node::default() };
+    world.put(keys::node("a"), &node, 0).await;
+    tell.send_modify(|t| t.models = models("/stale"));
+    keeper.await.unwrap();
+    let stored: record::Node = records::decode(&world.store.get(&keys::node("a")).await.unwrap().unwrap()).unwrap();
+    assert_eq!(stored.models, models("/later"));
 }

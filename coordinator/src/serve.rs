@@ -70,6 +70,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         events: events.clone(),
         statuses,
         audit: audit.clone(),
+        shares: sessions::Cache::default(),
         settings: sessions::Settings {
             coordinator: config.id.clone(),
             ttl: Duration::from_millis(config.session_ttl_ms),

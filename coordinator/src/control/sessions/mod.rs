@@ -8,9 +8,11 @@
 pub(super) mod node_record;
 mod open;
 mod outbox;
+mod shares;
 mod stream;
 
 pub use open::{Error, Opened};
+pub use shares::Cache;
 pub use stream::Sessions;
 pub(crate) use stream::store_status;
 

@@ -1,7 +1,7 @@
 //! The stream of a session: reads what the agent says, tells it what it owns and may claim.
 
 use super::{
-    Settings,
+    Cache, Settings,
     node_record::{self, Told},
     open::{self, Opened},
     outbox::Outbox,
@@ -50,6 +50,8 @@ pub struct Sessions {
     pub statuses: Statuses,
     /// Checkpoints of span sources.
     pub audit: Audit,
+    /// What each node has part in.
+    pub shares: Cache,
     /// Settings.
     pub settings: Settings,
     /// Ends all streams: this coordinator goes away, agents move to another.
@@ -107,7 +109,7 @@ impl Sessions {
                 heartbeat_interval_ms: ms(self.settings.heartbeat_interval),
                 store_generation: snapshot.generation(),
                 cluster_id,
-                claims: Some(outbox.claim_set(&snapshot, node)),
+                claims: Some(outbox.claim_set(&snapshot, &self.shares.of(&snapshot), node)),
                 resumed: opened.resumed,
                 coordinator: self.settings.coordinator.clone(),
             })),
@@ -145,7 +147,7 @@ impl Sessions {
                         let _ = answers.send(Err(gone)).await;
                         return;
                     }
-                    outbox.due(&snapshot, &node, clock::now_ms())
+                    outbox.due(&snapshot, &self.shares.of(&snapshot), &node, clock::now_ms())
                 };
                 for message in due {
                     if answers.send(Ok(message)).await.is_err() {

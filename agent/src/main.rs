@@ -90,10 +90,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     tokio::pin!(signalled);
     let cause = tokio::select! {
         cause = &mut signalled => cause,
-        ready = agent.ready() => {
-            ready?;
-            signalled.await
-        }
+        () = agent.ready() => signalled.await,
     };
     tracing::info!(cause, "the agent ends; servers and proxy go on");
     agent.end().await;

@@ -80,15 +80,16 @@ impl Agent {
         self.context.routes.proxy().address().to_string()
     }
 
-    /// Waits for the session and writes the ready file.
-    pub async fn ready(&self) -> anyhow::Result<()> {
+    /// Waits for the session and writes the ready file. One that can't be written is told, and ends no agent: the disk may
+    /// be full, and servers run here.
+    pub async fn ready(&self) {
         self.link.joined().await;
         if let Some(path) = &self.settings.ready_file {
             let content = serde_json::json!({ "proxy": self.proxy_address(), "node": self.settings.node });
-            files::write_atomically(path, content.to_string().as_bytes())
-                .with_context(|| format!("ready_file = {}", path.display()))?;
+            if let Err(error) = files::write_atomically(path, content.to_string().as_bytes()) {
+                tracing::error!(%error, "ready_file = {} can't be written: name a file in a folder of this agent", path.display());
+            }
         }
-        Ok(())
     }
 
     /// Ends the agent. Servers, shims and the proxy go on.

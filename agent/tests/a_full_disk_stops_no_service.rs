@@ -21,7 +21,7 @@ async fn a_session_that_can_not_be_written_down_is_held_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_starts_though_it_can_not_write_its_pid_and_its_proxy_no_log() {
+async fn an_agent_starts_though_neither_it_nor_its_proxy_can_write_a_file() {
     let mut node = Node::start().await;
     let before = node.run("tiny-234567").await;
     node.kill_agent();
@@ -32,8 +32,11 @@ async fn an_agent_starts_though_it_can_not_write_its_pid_and_its_proxy_no_log() 
         fs::remove_file(node.path("state").join(file)).unwrap();
         symlink("/dev/full", node.path("state").join(file)).unwrap();
     }
+    fs::create_dir_all(node.path("ready.json/in the way")).unwrap();
     let reports = node.coordinator.state().reports.len();
     node.start_agent().await;
     support::wait_for("its report", || (node.coordinator.state().reports.len() > reports).then_some(())).await;
     assert_eq!(node.reported("tiny-234567", InstanceState::Ready).await.pid, before.pid);
+    support::wait_for("what is said of it", || node.log().contains("ready_file = ").then_some(())).await;
+    assert!(node.agent.as_mut().unwrap().try_wait().unwrap().is_none(), "the agent has ended");
 }

@@ -251,3 +251,24 @@ fn won(instance: &str, response: ClaimResponse, memory_bytes: i64) -> Claim {
         since: None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use drover_proto::status::with_reason;
+
+    #[test]
+    fn a_lost_race_is_an_outcome_and_a_call_that_broke_is_an_error() {
+        let of = |why: &str| with_reason(Code::FailedPrecondition, why, "as the test says");
+        assert!([reason::ALREADY_CLAIMED, reason::OFFER_GONE, reason::HALTED].iter().all(|why| is_lost(&of(why))));
+        assert!(!is_lost(&of(reason::OUTCOME_UNKNOWN)) && !is_lost(&of(reason::STORE_UNAVAILABLE)));
+        assert!(!is_lost(&Status::unavailable("the connection broke")));
+    }
+
+    #[test]
+    fn both_can_be_recorded_on_a_start() {
+        let _guard = tracing::subscriber::set_default(tracing_subscriber::registry());
+        let span = trace::start("tiny-234567", "tiny", "");
+        assert!(["outcome", "error"].iter().all(|name| span.has_field(*name)));
+    }
+}

@@ -58,9 +58,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     telemetry.start_export(audit.local_sink());
     let view = View::start(store.clone(), stop.clone());
     let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
-    let (leadership, lead_given_back) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
+    let (leadership, mut election) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
     let (tell_unplaced, unplaced) = watch::channel(BTreeMap::new());
-    tokio::spawn(cycle(&config, &store, &view, &events, tell_unplaced).run(leadership, stop.clone()));
+    let mut cycle = tokio::spawn(cycle(&config, &store, &view, &events, tell_unplaced).run(leadership, stop.clone()));
 
     let gateway = Gateway::new(config.gateway.clone(), http_address, &security, view.subscribe());
     let statuses = Statuses::new(store.clone(), view.clone(), events.clone());
@@ -80,10 +80,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     let node = api::Node::new(sessions, Claims::new(store.clone(), view.clone(), events.clone()));
     let fleet = api::Fleet::new(store.clone(), view.clone(), events.clone(), unplaced, gateway.proxies(), stop.clone());
-    let grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
+    let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
     let probe = Arc::new(Probe { view: view.clone(), store, audit });
     let router = web::router(&gateway, view.subscribe(), probe);
-    let http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
+    let mut http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
 
     tracing::info!(version = VERSION, id = config.id, grpc = %grpc_address, http = %http_address, "serving");
     if let Some(path) = &config.ready_file {
@@ -91,13 +91,26 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         drover_proto::files::write_atomically(path, addresses.to_string().as_bytes())
             .with_context(|| format!("ready_file = {}", path.display()))?;
     }
-    until_signal().await?;
-    tracing::info!("a signal asks for the end: draining");
+    // A part that ends by itself has failed: going on without it would look alive and be none of it.
+    let failed = tokio::select! {
+        signal = until_signal() => {
+            signal?;
+            tracing::info!("a signal asks for the end: draining");
+            None
+        }
+        _ = &mut grpc_server => Some("the gRPC server"),
+        _ = &mut http_server => Some("the HTTP server"),
+        _ = &mut election => Some("the election"),
+        _ = &mut cycle => Some("the cycle of planning"),
+    };
     stop.cancel();
     let drained = async {
-        let _ = lead_given_back.await;
-        let _ = http_server.await;
-        let _ = grpc_server.await;
+        // A task that has been looked at after its end may not be asked again.
+        if failed.is_none() {
+            let _ = election.await;
+            let _ = http_server.await;
+            let _ = grpc_server.await;
+        }
         // The parts that hold the other handles have ended; what is queued is written.
         drop(events);
         let _ = events_written.await;
@@ -106,7 +119,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tracing::warn!("not everything ended within {} s", DRAIN.as_secs());
     }
     telemetry.shutdown(FLUSH).await;
-    Ok(())
+    failed
+        .map_or(Ok(()), |part| Err(anyhow::anyhow!("{part} has ended by itself: see the log; start the program again")))
 }
 
 /// The store; it renews leases over a connection of their own.

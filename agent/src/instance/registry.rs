@@ -100,7 +100,16 @@ impl Registry {
 
     /// What runs, or may run, on this node.
     pub async fn recorded_runs(&self) -> Vec<RecordedRun> {
-        let inner = self.inner.lock().await;
+        self.runs(&*self.inner.lock().await)
+    }
+
+    /// As [`Registry::recorded_runs`], without waiting: `None` while instances are being looked through.
+    #[must_use]
+    pub fn recorded_runs_now(&self) -> Option<Vec<RecordedRun>> {
+        Some(self.runs(&*self.inner.try_lock().ok()?))
+    }
+
+    fn runs(&self, inner: &Inner) -> Vec<RecordedRun> {
         let runs = inner.known.iter().filter_map(|(instance, known)| {
             let entry = self.context.board.get(instance);
             let (alive, memory_bytes) = match &known.kind {

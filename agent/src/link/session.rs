@@ -13,8 +13,9 @@ use drover_proto::{
     status::{reason, reason_of},
     transport::Target,
     v1::{
-        Capacity, ClaimSet, Heartbeat, Hello, ModelInventory, NodeEvent, SessionRequest, SessionResponse,
-        SpanCheckpoint, Welcome, node_service_client::NodeServiceClient, session_request, session_response,
+        Capacity, ClaimSet, Heartbeat, Hello, ModelInventory, NodeEvent, RecordedRun, RunSet, SessionRequest,
+        SessionResponse, SpanCheckpoint, Welcome, node_service_client::NodeServiceClient, session_request,
+        session_response,
     },
 };
 use std::{
@@ -83,6 +84,8 @@ struct Stream {
     last_answer: Instant,
     sequence: u64,
     reports: Reports,
+    /// What the coordinator was told last of what runs here.
+    runs: Option<Vec<RecordedRun>>,
 }
 
 impl Session {
@@ -200,6 +203,7 @@ impl Session {
             last_answer: Instant::now(),
             sequence: 0,
             reports: Reports::default(),
+            runs: None,
         })
     }
 
@@ -228,7 +232,10 @@ impl Session {
                     changed.context("the board is gone")?;
                     self.report(stream);
                 }
-                _ = again.tick() => self.report(stream),
+                _ = again.tick() => {
+                    self.report(stream);
+                    self.tell_runs(stream)?;
+                }
                 event = self.events.recv() => {
                     let event = event.context("the agent ends")?;
                     stream.send(session_request::Message::Event(event))?;
@@ -305,6 +312,16 @@ impl Session {
                 stream.reports.sent(&instance, entry.clone(), now);
             }
         }
+    }
+
+    /// Says what runs here when that has changed.
+    fn tell_runs(&self, stream: &mut Stream) -> anyhow::Result<()> {
+        let Some(runs) = self.registry.recorded_runs_now() else { return Ok(()) };
+        if stream.runs.as_ref() != Some(&runs) {
+            stream.send(session_request::Message::Runs(RunSet { runs: runs.clone() }))?;
+            stream.runs = Some(runs);
+        }
+        Ok(())
     }
 
     fn checkpoint(&self) -> session_request::Message {

@@ -32,7 +32,7 @@ pub(super) struct Outbox {
     claims: Option<(Vec<OwnedClaim>, Vec<EndRun>, i64)>,
     /// The last offer seen, by instance.
     offers: BTreeMap<String, Seen>,
-    /// Runs that the node has on record, as far as they have not been reported as ended.
+    /// Runs that the node has on record, as it said last.
     runs: Vec<RecordedRun>,
 }
 
@@ -41,9 +41,9 @@ impl Outbox {
         Self { runs, ..Self::default() }
     }
 
-    /// The node has reported the end of a run.
-    pub(super) fn ended(&mut self, instance: &str) {
-        self.runs.retain(|r| r.instance != instance);
+    /// The node has said anew what runs on it.
+    pub(super) fn set_runs(&mut self, runs: Vec<RecordedRun>) {
+        self.runs = runs;
     }
 
     /// See [`unclaimed`].

@@ -133,9 +133,8 @@ impl Sessions {
     ) {
         let (beats, heartbeats) = mpsc::channel(4);
         let (reports, reported) = mpsc::channel(REPORTS);
-        let (closed, mut ended) = mpsc::channel(REPORTS);
         let renew = renew(self.store.clone(), opened.lease, heartbeats, answers.clone());
-        let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone(), closed);
+        let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone());
         let (tell, told) = watch::channel(Told::default());
         let node_record = node_record::keep(self.store.clone(), node.clone(), opened.joined_at, told);
         let mut snapshots = self.view.subscribe();
@@ -157,12 +156,12 @@ impl Sessions {
                 tokio::select! {
                     () = until(again_ms) => {}
                     changed = snapshots.changed() => if changed.is_err() { return },
-                    Some(instance) = ended.recv() => {
-                        outbox.ended(&instance);
-                        let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
-                        tell.send_modify(|told| told.unclaimed = Some(unclaimed));
-                    }
                     message = inbound.message() => match message {
+                        Ok(Some(SessionRequest { message: Some(session_request::Message::Runs(set)) })) => {
+                            outbox.set_runs(set.runs);
+                            let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
+                            tell.send_modify(|told| told.unclaimed = Some(unclaimed));
+                        }
                         Ok(Some(message)) => self.take(&node, message, &beats, &reports, &tell).await,
                         Ok(None) | Err(_) => return,
                     },
@@ -199,7 +198,7 @@ impl Sessions {
             Some(session_request::Message::Models(models)) => {
                 tell.send_modify(|told| told.models = Some(models));
             }
-            Some(session_request::Message::Hello(_)) | None => {
+            Some(session_request::Message::Hello(_) | session_request::Message::Runs(_)) | None => {
                 tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
             }
         }
@@ -266,13 +265,12 @@ async fn record_reports(
     node: String,
     mut reported: mpsc::Receiver<StatusReport>,
     answers: Answers,
-    closed: mpsc::Sender<String>,
 ) {
     let mut batch = Vec::new();
     while reported.recv_many(&mut batch, 64).await > 0 {
         let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
         futures::future::join_all(latest.into_values().map(|report| {
-            let (statuses, node, answers, closed) = (&statuses, &node, &answers, &closed);
+            let (statuses, node, answers) = (&statuses, &node, &answers);
             async move {
                 let span = tracing::info_span!(
                     "status.record",
@@ -283,9 +281,6 @@ async fn record_reports(
                 let recorded = tracing::Instrument::instrument(statuses.record(node, &report), span).await;
                 match recorded {
                     Ok(accepted) => {
-                        if report.state() == drover_proto::v1::InstanceState::Stopped {
-                            let _ = closed.send(report.instance.clone()).await;
-                        }
                         let ack = StatusAck {
                             instance: report.instance.clone(),
                             token: report.token,

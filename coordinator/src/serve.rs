@@ -16,6 +16,7 @@ use drover_proto::{
     transport::{self, Admit, Security},
     v1::{fleet_service_server::FleetServiceServer, node_service_server::NodeServiceServer},
 };
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::TraceServiceServer;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
@@ -33,9 +34,6 @@ const FLUSH: Duration = Duration::from_secs(3);
 
 /// Runs a coordinator until SIGTERM or SIGINT.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let security = config.security()?;
-    security.check_listener("grpc_listen", config.grpc_listen)?;
-    security.check_listener("http_listen", config.http_listen)?;
     let telemetry = drover_telemetry::init(drover_telemetry::Settings {
         program: "drover-coordinator",
         instance: config.id.clone(),
@@ -45,6 +43,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         spool_bytes_max: config.spool_bytes_max,
     })
     .context("telemetry")?;
+    let security = config.security()?;
+    security.check_listener("grpc_listen", config.grpc_listen)?;
+    security.check_listener("http_listen", config.http_listen)?;
     // Bound before any work, so that a port that is taken costs nothing.
     let grpc =
         TcpListener::bind(config.grpc_listen).await.with_context(|| format!("grpc_listen = {}", config.grpc_listen))?;
@@ -205,16 +206,21 @@ async fn serve_grpc(
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<FleetServiceServer<api::Fleet>>().await;
     health.set_serving::<NodeServiceServer<api::Node>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .context("reflection")?;
+    health.set_serving::<TraceServiceServer<audit::Ingest>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // Many clients (grpcurl before 1.8.9, Python's) still ask the older form.
+    let reflection_v1alpha = reflection().build_v1alpha().context("reflection")?;
+    let reflection = reflection().build_v1().context("reflection")?;
     let router = transport::server()
         .add_service(InterceptedService::new(fleet, admit.clone()))
         .add_service(InterceptedService::new(node, admit.clone()))
         .add_service(InterceptedService::new(traces, admit.clone()))
-        .add_service(InterceptedService::new(reflection, admit))
+        .add_service(InterceptedService::new(reflection, admit.clone()))
+        .add_service(InterceptedService::new(reflection_v1alpha, admit))
         .add_service(health_service);
     let incoming = TcpListenerStream::new(listener);
     Ok(tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await }))

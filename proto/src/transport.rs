@@ -78,6 +78,10 @@ impl Secret {
     pub fn read(path: &Path) -> Result<Self, Error> {
         let failed = |what: String| Error::SecretFile { path: path.display().to_string(), what };
         let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
+        let mode = std::fs::metadata(path).map_or(0, |m| std::os::unix::fs::PermissionsExt::mode(&m.permissions()));
+        if mode & 0o077 != 0 {
+            tracing::warn!("the join secret file {} is open to others: chmod 600 it", path.display());
+        }
         Self::new(text.trim()).ok_or_else(|| {
             failed(format!("holds no secret of at least {} printable ASCII characters", Self::BYTES_MIN))
         })

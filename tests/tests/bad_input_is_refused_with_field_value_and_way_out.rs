@@ -134,6 +134,8 @@ async fn gateway(cluster: &Cluster) -> anyhow::Result<()> {
     check(chat, body(json!({ "messages": [] })), 400, &["model"]).await?;
     check(chat, body(json!({ "model": 7 })), 400, &["model"]).await?;
     check(chat, body(json!({ "model": "absent" })), 404, &["absent", "good", "model_not_found"]).await?;
+    let embeddings = body(json!({ "model": "good", "input": "x" }));
+    check("/v1/embeddings", embeddings, 400, &["unsupported_for_model", "/v1/chat/completions"]).await?;
     let large = body(json!({ "model": "good", "prompt": "x".repeat(200_000) }));
     check("/v1/completions", large, 413, &["100000"]).await?;
     check("/v1/absent", body(json!({})), 404, &["/v1/absent"]).await

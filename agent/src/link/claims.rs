@@ -21,7 +21,10 @@ use drover_proto::{
     v1::{ClaimRequest, ClaimResponse, Offer, Severity, node_service_client::NodeServiceClient},
 };
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tonic::{Code, Request, Status};
 use tracing::{Instrument as _, Span, info_span};
 
@@ -29,7 +32,10 @@ use tracing::{Instrument as _, Span, info_span};
 const CLAIM_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait for a session to be resumed before the next claim.
 const RESUME_DEADLINE: Duration = Duration::from_secs(5);
-/// Instances whose last refusal is remembered, so that it is told once.
+/// A reason that goes on is told again after this time: what is told goes into a ring of events, and is not to fall out of
+/// it while somebody still waits for the instance.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// Instances whose last refusal is remembered, so that it is not told with every offer.
 const REFUSALS_MAX: usize = 1024;
 
 /// A claim to make.
@@ -49,7 +55,7 @@ pub struct Claims {
     identity: Arc<Identity>,
     client: Option<NodeServiceClient<Connection>>,
     first: usize,
-    refusals: BTreeMap<String, String>,
+    refusals: BTreeMap<String, (String, Instant)>,
 }
 
 impl Claims {
@@ -192,15 +198,15 @@ impl Claims {
         }
     }
 
-    /// Tells why an offer is not taken, once for each reason.
+    /// Tells why an offer is not taken: at once, and again from time to time while it stays so.
     fn decline(&mut self, instance: &str, why: String) {
-        if self.refusals.get(instance) == Some(&why) {
+        if self.refusals.get(instance).is_some_and(|(told, at)| *told == why && at.elapsed() < TELL_AGAIN) {
             return;
         }
         if self.refusals.len() >= REFUSALS_MAX {
             self.refusals.pop_first();
         }
-        self.refusals.insert(instance.to_owned(), why.clone());
+        self.refusals.insert(instance.to_owned(), (why.clone(), Instant::now()));
         self.registry.context().events.tell(instance, "OfferDeclined", Severity::Warning, why);
     }
 }

@@ -162,11 +162,11 @@ impl Cycle {
         if !outcome.succeeded {
             return Ok(0);
         }
-        self.tell(action);
+        self.tell(snapshot, action);
         Ok(outcome.revision)
     }
 
-    fn tell(&self, action: &Action) {
+    fn tell(&self, snapshot: &Snapshot, action: &Action) {
         let info = Severity::Info;
         match action {
             Action::Create { id, deployment, offer, .. } => {
@@ -178,6 +178,8 @@ impl Cycle {
                     format!("for {deployment}; offered to {to}"),
                 );
             }
+            // An offer in vain is made again every few seconds: told once, it does not push the reasons for it out of the ring.
+            Action::Offer { id, offer, .. } if offered_before(snapshot, id, offer) => {}
             Action::Offer { id, offer, .. } => {
                 let to = offer.candidates.join(", ");
                 self.events.record(format!("instance/{id}"), "Offered", info, format!("to {to}"));
@@ -282,6 +284,17 @@ fn cause(snapshot: &Snapshot, action: &Action) -> String {
         Action::TrimRevisions { .. } => None,
     };
     found.unwrap_or_default()
+}
+
+/// Whether the offer before went to the same nodes, in whatever order.
+fn offered_before(snapshot: &Snapshot, id: &str, offer: &plan::Offer) -> bool {
+    let sorted = |nodes: &[String]| {
+        let mut nodes = nodes.to_vec();
+        nodes.sort();
+        nodes
+    };
+    let before = snapshot.instances.get(id).and_then(|i| i.value.offer.as_ref());
+    before.is_some_and(|before| sorted(&before.candidates) == sorted(&offer.candidates))
 }
 
 fn name(action: &Action) -> &'static str {

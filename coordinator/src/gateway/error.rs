@@ -104,6 +104,14 @@ pub(super) fn none_ready(model: &str) -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message).code("model_not_ready").retry_after(2)
 }
 
+/// A model that is asked for what none of its deployments does.
+pub(super) fn other_kind(model: &str, embeddings: bool) -> ApiError {
+    let (does, use_) =
+        if embeddings { ("generates text", "/v1/chat/completions") } else { ("serves embeddings", "/v1/embeddings") };
+    let message = format!("model \"{}\" only {does}: use {use_}, or another model", shown(model));
+    ApiError::invalid(message).code("unsupported_for_model").param("model")
+}
+
 /// A path that is not served.
 #[must_use]
 pub fn unknown_path(path: &str) -> ApiError {

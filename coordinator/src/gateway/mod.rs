@@ -182,7 +182,11 @@ impl Gateway {
         let routes = self.routes();
         let model = routes.get(&asked.model).ok_or_else(|| error::unknown_model(&asked.model, &routes))?;
         let path = parts.uri.path_and_query().map_or_else(|| parts.uri.path(), |path| path.as_str());
-        let backends = model.backends_for(parts.uri.path() == "/v1/embeddings");
+        let embeddings = parts.uri.path() == "/v1/embeddings";
+        if !model.serves(embeddings) {
+            return Err(error::other_kind(&asked.model, embeddings));
+        }
+        let backends = model.backends_for(embeddings);
         if backends.is_empty() {
             return Err(error::none_ready(&asked.model));
         }

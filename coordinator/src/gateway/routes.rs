@@ -15,6 +15,10 @@ pub type Routes = BTreeMap<String, Model>;
 pub struct Model {
     /// When its oldest deployment was made, in seconds since 1970.
     pub created_s: i64,
+    /// Some deployment of it generates text.
+    pub generates: bool,
+    /// Some deployment of it serves embeddings.
+    pub embeds: bool,
     /// Instances that may be sent requests, by id.
     pub backends: Vec<Backend>,
 }
@@ -35,11 +39,17 @@ pub struct Backend {
 }
 
 impl Model {
-    /// Those for embeddings or for generating; all of them when none fits, so that llama-server itself says what it can't.
+    /// Those for embeddings, or those for generating. Never the other kind: a llama-server started for embeddings may end
+    /// when it is asked to generate.
     #[must_use]
     pub fn backends_for(&self, embeddings: bool) -> Vec<&Backend> {
-        let fitting: Vec<_> = self.backends.iter().filter(|backend| backend.embeddings == embeddings).collect();
-        if fitting.is_empty() { self.backends.iter().collect() } else { fitting }
+        self.backends.iter().filter(|backend| backend.embeddings == embeddings).collect()
+    }
+
+    /// Whether some deployment does what is asked for, ready or not.
+    #[must_use]
+    pub fn serves(&self, embeddings: bool) -> bool {
+        if embeddings { self.embeds } else { self.generates }
     }
 }
 
@@ -55,8 +65,10 @@ pub fn routes(snapshot: &Snapshot) -> Routes {
     for stored in snapshot.deployments.values().filter(|d| !d.value.deleting) {
         let Some(spec) = &stored.value.spec else { continue };
         let created_s = stored.value.created_at.as_ref().map_or(0, |time| time.seconds);
-        let model = routes.entry(model_of(spec).to_owned()).or_insert(Model { created_s, backends: Vec::new() });
+        let model = routes.entry(model_of(spec).to_owned()).or_insert(Model { created_s, ..Model::default() });
         model.created_s = model.created_s.min(created_s);
+        model.embeds |= spec.embeddings;
+        model.generates |= !spec.embeddings;
     }
     for (id, stored) in snapshot.instances.iter().filter(|(_, i)| i.value.wanted) {
         // Only standing claims for now. An instance whose claim vanished with its session may well answer still ("unowned

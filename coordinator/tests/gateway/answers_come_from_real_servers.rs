@@ -43,12 +43,20 @@ async fn embeddings_come_from_a_server_for_embeddings() {
 }
 
 #[tokio::test]
-async fn what_a_server_can_not_do_it_says_itself() {
+async fn what_a_server_refuses_it_says_itself() {
+    let (bench, _llama) = Bench::start().await.with_llama(&[]).await;
+    let refused = call(post(&bench.url("/v1/chat/completions"), r#"{"model":"tiny"}"#)).await;
+    assert!(refused.status().is_client_error() || refused.status().is_server_error(), "{}", refused.status());
+    assert_eq!(header(&refused, "x-drover-instance"), "tiny-222222", "llama-server's own answer");
+    assert!(text(refused).await.contains("messages"), "its own words");
+}
+
+#[tokio::test]
+async fn no_server_is_asked_for_what_it_was_not_started_for() {
     let (bench, _llama) = Bench::start().await.with_llama(&[]).await;
     let refused = call(post(&bench.url("/v1/embeddings"), r#"{"model":"tiny","input":"one"}"#)).await;
-    assert_eq!(refused.status(), 501);
-    assert_eq!(header(&refused, "x-drover-instance"), "tiny-222222");
-    assert!(text(refused).await.contains("not_supported_error"), "llama-server's own error is passed on");
+    assert_eq!(refused.status(), 400);
+    assert!(text(refused).await.contains("unsupported_for_model"));
 }
 
 #[tokio::test]

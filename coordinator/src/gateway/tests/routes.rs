@@ -94,7 +94,7 @@ fn a_deployment_that_is_being_deleted_is_no_model_any_more() {
 }
 
 #[test]
-fn embeddings_go_to_those_that_serve_them_where_there_are_any() {
+fn embeddings_and_generation_go_only_to_those_that_serve_them() {
     let mut snapshot = fleet();
     deployment(&mut snapshot, spec("chat", "both", None), 0);
     deployment(&mut snapshot, DeploymentSpec { embeddings: true, ..spec("embed", "both", None) }, 0);
@@ -103,6 +103,9 @@ fn embeddings_go_to_those_that_serve_them_where_there_are_any() {
     let routes = routes(&snapshot);
     let chosen = |embeddings| routes["both"].backends_for(embeddings)[0].instance.as_str();
     assert_eq!((chosen(true), chosen(false)), ("embed-aaaaaa", "chat-aaaaaa"));
-    let only_chat = Model { backends: vec![routes["both"].backends[0].clone()], ..Model::default() };
-    assert_eq!(only_chat.backends_for(true).len(), 1, "llama-server itself says that it can't");
+    assert!(routes["both"].serves(true) && routes["both"].serves(false));
+    snapshot.deployments.remove("embed");
+    snapshot.instances.remove("embed-aaaaaa");
+    let only_chat = &super::routes(&snapshot)["both"];
+    assert!(only_chat.serves(false) && !only_chat.serves(true) && only_chat.backends_for(true).is_empty());
 }

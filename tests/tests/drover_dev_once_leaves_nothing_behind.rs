@@ -103,7 +103,8 @@ impl Drop for Guard {
 fn nothing_is_left(data: &Path) -> anyhow::Result<()> {
     let folder = data.parent().context("a folder of its own")?;
     let mark = folder.display().to_string();
-    ensure!(mark.starts_with("/tmp/drover-dev-"), "{mark} is no folder of drover dev");
+    let folders = std::env::temp_dir().join("drover-dev-").display().to_string();
+    ensure!(mark.starts_with(&folders), "{mark} is no folder of drover dev");
     ensure!(!folder.exists(), "{mark} is left");
     let processes = processes_with(&mark);
     ensure!(processes.is_empty(), "processes are left: {processes:#?}");

@@ -1,7 +1,9 @@
 //! After the start: drain the log, wait for the end, make it durable.
 
 use crate::{
-    clock, durable, identity,
+    clock, durable,
+    failpoint::{self, Step},
+    identity,
     record::{Directory, Exit, FORMAT, Record},
     start::Started,
     sys,
@@ -60,8 +62,10 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         }
         collect_orphans(pid);
     }
+    failpoint::at(Step::StopSeen);
     // The leader is a zombie until it is waited for, so its pid, which is also the group's id, can't be anybody else's.
     let _ = killpg(pid, Signal::SIGKILL);
+    failpoint::at(Step::StopTreeEnded);
     if output_open {
         drain(&mut output, &mut |bytes| logs.write(bytes));
     }
@@ -83,6 +87,7 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         log_lines_dropped: logs.dropped_lines(),
     };
     let written = write_exit(directory, &exit);
+    failpoint::at(Step::StopExitWritten);
     collect_orphans(pid);
     drop(lock);
     written

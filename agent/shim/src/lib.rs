@@ -7,6 +7,7 @@
 
 pub mod clock;
 pub mod durable;
+pub mod failpoint;
 pub mod identity;
 pub mod keep;
 pub mod logs;

@@ -5,7 +5,9 @@
 //! pipe that the child waits at.
 
 use crate::{
-    clock, durable, identity,
+    clock, durable,
+    failpoint::{self, Step},
+    identity,
     identity::{Process, Verdict},
     logs::Logs,
     record::{Directory, FORMAT, Record, Spec, Stage, Token},
@@ -111,6 +113,7 @@ fn system<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Refusal
 /// Starts what the directory's spec says. `tell` hears "held <pid>" and "released <pid>".
 pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Started, Refusal> {
     let lock = lock(directory)?;
+    failpoint::at(Step::StartLocked);
     // Read under the lock: whatever was written before it was taken is seen.
     let spec: Spec = durable::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
     if spec.format != FORMAT {
@@ -124,6 +127,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
 
     let (output, log_end) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(system("pipe for the log"))?;
     let held = fork(directory, &spec, &executable, log_end)?;
+    failpoint::at(Step::StartForked);
     let facts = |e: io::Error| Refusal::System { what: "facts of the held process", error: e.to_string() };
     let mut record = Record {
         format: FORMAT,
@@ -142,21 +146,48 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
         started_at_ms: clock::unix_ms(),
     };
     durable::write(&directory.record(), &record).map_err(system("record of the held process"))?;
+    failpoint::at(Step::StartRecorded);
     tell(&format!("held {}", held.pid));
 
+    not_raised(directory, &spec)?;
     may_start(&spec)?;
+    failpoint::at(Step::StartChecked);
     nix::unistd::write(held.release.as_fd(), b"r").map_err(system("release"))?;
+    failpoint::at(Step::StartReleased);
     let exec_error = exec_error(held.failure);
     if exec_error.is_none() {
         record.stage = Stage::Released;
         // From here on the process runs and must be kept, whatever happens to this second record: the first one names it.
-        if let Err(error) = durable::write(&directory.record(), &record) {
+        if let Err(error) = confirm(directory, &mut record) {
             tell(&format!("note {error}"));
         }
+        failpoint::at(Step::StartConfirmed);
         tell(&format!("released {}", held.pid));
     }
     let logs = Logs::new(&directory.log(), spec.log_bytes_max, spec.log_files_max);
     Ok(Started { record, exec_error, output, logs, lock })
+}
+
+/// Writes the record of a process that runs. An agent that has taken the process back may have raised the token since,
+/// and this must not lower it: whoever raises does so in the spec first, so that a raise that comes before the last look at
+/// the spec is seen here, and one that comes after it finds what is written here.
+fn confirm(directory: &Directory, record: &mut Record) -> Result<(), durable::Error> {
+    loop {
+        durable::write(&directory.record(), record)?;
+        match durable::read::<Spec>(&directory.spec()) {
+            Ok(spec) if spec.token > record.token => record.token = spec.token,
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// An agent that finds no record may raise the token in the spec: what was to start under the old one starts no more.
+fn not_raised(directory: &Directory, spec: &Spec) -> Result<(), Refusal> {
+    let now: Spec = durable::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
+    if now.token > spec.token {
+        return Err(Refusal::LowerToken { given: spec.token, recorded: now.token });
+    }
+    Ok(())
 }
 
 /// Takes the lock of an instance's directory, which a shim holds from before its first look until its end.

@@ -17,6 +17,7 @@ use drover_proto::{
 };
 use drover_shim::{
     Refusal, durable,
+    failpoint::{self, Step},
     identity::{self, Process},
     record::{Directory, FORMAT, Record, Spec, Stage},
     start,
@@ -71,11 +72,13 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
             tracing::error!(instance, %error, "the rebuilt record is not on disk");
         }
     }
+    failpoint::at(Step::AdoptRead);
     let claim = claim(&context, &instance, &directory, spec.as_ref(), record.as_ref());
     let left = match record {
         None => Left::Ended(None),
         Some(record) => match processes::find(&record) {
             Found::Living(living) => {
+                failpoint::at(Step::AdoptVerified);
                 let run = Run { living: Arc::new(living), record };
                 let ready = ready(&instance, &run).await;
                 Left::Living { run, ready }

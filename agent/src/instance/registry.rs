@@ -16,7 +16,10 @@ use super::{
 };
 use crate::clock;
 use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, RecordedRun, Severity, Token};
-use drover_shim::record::Directory;
+use drover_shim::{
+    failpoint::{self, Step},
+    record::Directory,
+};
 use std::{collections::BTreeMap, fs, io, os::unix::fs::DirBuilderExt as _, sync::Arc};
 use tokio::sync::Mutex;
 use tracing::Span;
@@ -78,7 +81,9 @@ impl Registry {
                     let pid = run.living.pid();
                     tracing::info!(instance, pid, ready, %token, "a running server is taken back");
                     let begin = Begin::Adopted { run, ready };
-                    Kind::Supervised(supervisor::spawn(context.clone(), claim, directory, begin))
+                    let handle = supervisor::spawn(context.clone(), claim, directory, begin);
+                    failpoint::at(Step::AdoptAdopted);
+                    Kind::Supervised(handle)
                 }
                 Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
                 Left::Unknown(why) => {
@@ -89,6 +94,7 @@ impl Registry {
             known.insert(instance, Known { token, kind });
         }
         context.routes.announce();
+        failpoint::at(Step::AdoptRouted);
         Ok(Self { context, inner: Mutex::new(Inner { known, ..Inner::default() }) })
     }
 
@@ -162,6 +168,7 @@ impl Registry {
     /// later and applied before this answer was heard knows better: a stop wins over a start in flight, and a claim that
     /// is gone starts nothing.
     pub async fn claimed(&self, claim: Claim, span: Span) {
+        failpoint::at(Step::StartClaimed);
         let mut inner = self.inner.lock().await;
         inner.claiming.remove(&claim.instance);
         let later = inner.latest.as_ref().filter(|(_, set)| set.revision >= claim.token.revision);
@@ -349,6 +356,7 @@ impl Registry {
         // Spec and record, where there are any, get the token first: no lower one can start anything from then on.
         match made.and_then(|()| run::raise(&directory, &claim).map_err(|e| e.to_string())) {
             Ok(()) => {
+                failpoint::at(Step::StartClaimWritten);
                 let instance = claim.instance.clone();
                 let handle = supervisor::spawn(self.context.clone(), claim, directory, begin);
                 self.context.board.set_owned(&instance, true);

@@ -14,7 +14,9 @@ use crate::{
     model,
 };
 use drover_shim::{
-    durable, logs,
+    durable,
+    failpoint::{self, Step},
+    logs,
     record::{self, Directory, Exit, FORMAT, Record, Spec},
 };
 use std::{
@@ -110,7 +112,9 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         halt_file: settings.halt_file(),
     };
     durable::write(&directory.spec(), &spec).map_err(|e| Failed::again(e.to_string()))?;
+    failpoint::at(Step::StartSpecWritten);
     let mut shim = start_shim(&settings.shim, directory)?;
+    failpoint::at(Step::StartShimForked);
     let said = timeout(LAUNCH_DEADLINE, hear(&mut shim)).await;
     let outcome = match said {
         Ok(said) => said,
@@ -120,6 +124,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
             Err(Failed::again(format!("the shim has not answered within {} s", LAUNCH_DEADLINE.as_secs())))
         }
     };
+    failpoint::at(Step::StartHeard);
     // The shim lives as long as its server: somebody has to collect it when it ends.
     tokio::spawn(async move { shim.wait().await });
     match (recorded(directory)?, outcome) {
@@ -155,6 +160,7 @@ fn start_shim(shim: &Path, directory: &Directory) -> Result<Child, Failed> {
     command
         .arg(directory.path())
         .env_clear()
+        .envs(failpoint::handed_on())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -19,7 +19,10 @@ use crate::{
     proxy::{Route, RouteState},
 };
 use drover_proto::v1::{Severity, Token};
-use drover_shim::record::{Directory, Record};
+use drover_shim::{
+    failpoint::{self, Step},
+    record::{Directory, Record},
+};
 use prost_types::Timestamp;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -172,6 +175,7 @@ impl Supervisor {
         match message {
             Message::Event(event) => {
                 if matches!(event, Event::Ended(_)) {
+                    failpoint::at(Step::StopSettled);
                     self.run = None;
                     self.tasks = JoinSet::new();
                 }
@@ -215,19 +219,27 @@ impl Supervisor {
     async fn act(&mut self, action: Action) {
         match action {
             Action::Launch => self.launch(),
-            Action::Open | Action::Close => self.context.routes.set(self.route()).await,
+            Action::Open | Action::Close => {
+                self.context.routes.set(self.route()).await;
+                if action == Action::Open {
+                    failpoint::at(Step::StartRouted);
+                }
+            }
             Action::Drain(ms) => {
+                failpoint::at(Step::StopRouteDraining);
                 let (context, instance) = (self.context.clone(), self.claim.instance.clone());
                 self.task(self.spans.current(), async move {
                     if !context.routes.wait_drained(&instance, Duration::from_millis(ms)).await {
                         tracing::warn!(instance, "requests were still in flight at the end of drain_timeout_ms = {ms}");
                     }
+                    failpoint::at(Step::StopDrained);
                     Event::Drained
                 });
             }
             Action::Terminate | Action::Kill => {
                 let Some((living, _)) = &self.run else { return };
                 let done = if action == Action::Kill { living.kill_session() } else { living.terminate() };
+                failpoint::at(Step::StopSigtermSent);
                 if let Err(error) = done {
                     let message = format!("pid {} can't be signalled: {error}", living.pid());
                     self.context.events.tell(&self.claim.instance, "SignalFailed", Severity::Error, message);
@@ -260,6 +272,7 @@ impl Supervisor {
         // In no span: it lives as long as the process, and would keep the start's span open.
         self.task(Span::none(), async move {
             watched.ended().await;
+            failpoint::at(Step::StopEnded);
             Event::Ended(run::ended(&directory, Some(&record)).await)
         });
         let (messages, number, socket) = (self.messages.clone(), self.number, self.socket.clone());
@@ -412,6 +425,7 @@ impl Supervisor {
 
     /// Removes everything of the instance; false, and nothing is removed, while a shim does not let go of it.
     async fn discard(&mut self) -> bool {
+        failpoint::at(Step::StopReported);
         let removed = async {
             // One that has made the end durable lets go in a moment.
             while !super::adopt::remove(&self.directory, &self.socket) {
@@ -421,6 +435,7 @@ impl Supervisor {
         if tokio::time::timeout(SHIM_PATIENCE, removed).await.is_err() {
             return false;
         }
+        failpoint::at(Step::StopRemoved);
         self.tasks = JoinSet::new();
         self.context.routes.remove(&self.claim.instance);
         self.context.board.remove(&self.claim.instance);

@@ -10,6 +10,7 @@
 #![allow(missing_docs, unused_imports, reason = "each test uses a part of this")]
 
 pub mod coordinator;
+pub mod watcher;
 
 pub use coordinator::{Answer, Coordinator};
 use drover_proto::v1::{DeploymentSpec, InstanceState, StatusReport};
@@ -64,6 +65,8 @@ pub struct Node {
     pub coordinator: Coordinator,
     pub agent: Option<Child>,
     pub config: String,
+    /// Step at which agents started from now on, or their shims, meet an end once: "kill", "exit" or "pause".
+    pub fail_point: Option<(&'static str, &'static str)>,
 }
 
 impl Node {
@@ -74,11 +77,17 @@ impl Node {
 
     /// The same, with more lines in the agent's configuration file.
     pub async fn with(config: &str) -> Self {
+        Self::armed(config, None).await
+    }
+
+    /// The same, with a fail-point.
+    pub async fn armed(config: &str, fail_point: Option<(&'static str, &'static str)>) -> Self {
         let mut node = Self {
             root: tempfile::Builder::new().prefix("drover").tempdir().unwrap(),
             coordinator: Coordinator::start().await,
             agent: None,
             config: config.to_owned(),
+            fail_point,
         };
         fs::create_dir(node.path("models")).unwrap();
         drover::tiny_model::write(&node.path("models/tiny.gguf"), 1).unwrap();
@@ -137,7 +146,48 @@ impl Node {
             .args(["--log-filter", "info,drover_agent=debug"])
             .stdin(Stdio::null())
             .stderr(log);
+        if let Some((step, what)) = self.fail_point {
+            let value = format!("{step}:{what}:{}", self.path("fail-point").display());
+            command.env(drover_shim::failpoint::VARIABLE, value);
+        }
         self.agent = Some(command.spawn().unwrap());
+    }
+
+    /// Waits until the agent has killed itself at its fail-point; those started from now on have none.
+    pub async fn died(&mut self) {
+        let mut agent = self.agent.take().unwrap();
+        let status = wait_for("the agent's end at its fail-point", || agent.try_wait().unwrap()).await;
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
+        let _ = fs::remove_file(self.path("ready.json"));
+        self.fail_point = None;
+    }
+
+    /// Waits until a process is held at the fail-point; returns its pid.
+    pub async fn paused(&self) -> i32 {
+        wait_for("a process at the fail-point", || {
+            let pid = fs::read_to_string(self.path("fail-point")).ok()?.parse().ok()?;
+            identity::stat(pid).is_ok_and(|s| s.state == 'T').then_some(pid)
+        })
+        .await
+    }
+
+    /// Processes that belong to an instance of this node: shims, and whatever names its socket.
+    pub fn processes(&self, instance: &str) -> Vec<i32> {
+        let (directory, socket) = (self.directory(instance).path().to_owned(), self.socket(instance));
+        watcher::processes(|words| words.iter().any(|word| Path::new(word) == directory || Path::new(word) == socket))
+    }
+
+    pub fn socket(&self, instance: &str) -> PathBuf {
+        self.path("state/run").join(format!("{instance}.sock"))
+    }
+
+    /// Waits until neither a process nor a file of an instance is left.
+    pub async fn nothing_left(&self, instance: &str, what: &str) {
+        wait_for(&format!("{what}: everything of {instance} to go"), || {
+            let files = self.directory(instance).path().exists() || self.socket(instance).exists();
+            (!files && self.processes(instance).is_empty()).then_some(())
+        })
+        .await;
     }
 
     pub fn kill_agent(&mut self) {

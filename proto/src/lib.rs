@@ -1,12 +1,13 @@
 //! The contract between Drover's programs: generated code, and the few things that both sides must agree on.
 //!
 //! Owns: messages and services ([`v1`], [`store`]), names and ids ([`ids`]), bounds ([`limits`]), who a peer is and how
-//! programs connect ([`transport`]), statuses with details ([`status`]), the text forms of messages ([`text`]) and how
+//! programs connect ([`transport`], [`http_server`]), statuses with details ([`status`]), the text forms of messages ([`text`]) and how
 //! configuration files are read ([`config`]). Must never: know etcd, processes or placement.
 
 pub mod arguments;
 pub mod config;
 pub mod files;
+pub mod http_server;
 pub mod ids;
 pub mod limits;
 pub mod status;

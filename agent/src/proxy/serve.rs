@@ -9,13 +9,9 @@ use super::{
     route::Table,
 };
 use anyhow::{Context as _, bail};
-use drover_proto::{ids, transport::Security};
+use drover_proto::{http_server::Connections, ids, transport::Security};
 use http::{Request, Response};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
-};
+use hyper::{body::Incoming, service::service_fn};
 use std::{
     convert::Infallible,
     fs::{DirBuilder, File, Permissions},
@@ -26,17 +22,13 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    net::{TcpListener, TcpStream, UnixListener},
-    sync::Semaphore,
+    net::{TcpListener, UnixListener},
     task::JoinSet,
-    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-/// Most connections at a time; further ones wait in the kernel's queue.
+/// Most connections at a time.
 const CONNECTIONS_MAX: usize = 4096;
-/// A client must have sent its headers within this time.
-const HEADER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A proxy that holds its addresses and does not serve yet.
 #[derive(Debug)]
@@ -91,68 +83,27 @@ impl Proxy {
         let Self { listener, control_listener, control, lock, socket, drain, service } = self;
         let (ending, ordered) = (control.shutdown.clone(), control.drain.clone());
         let mut control = JoinSet::from_iter([control.accept(control_listener)]);
-        let graceful = GracefulShutdown::new();
-        let mut connections = JoinSet::new();
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        loop {
-            while connections.try_join_next().is_some() {}
+        let mut connections = Connections::at_most(CONNECTIONS_MAX);
+        let answer = service_fn(move |request| {
+            let service = service.clone();
+            async move { Ok::<_, Infallible>(service.answer(request).await) }
+        });
+        let end = async {
             tokio::select! {
-                () = shutdown.cancelled() => break,
-                () = ending.cancelled() => break,
-                (stream, place) = accept(&listener, &places) => {
-                    let service = service.clone();
-                    let connection = http1::Builder::new()
-                        .timer(TokioTimer::new())
-                        .header_read_timeout(HEADER_DEADLINE)
-                        .serve_connection(
-                            TokioIo::new(stream),
-                            service_fn(move |request| {
-                                let service = service.clone();
-                                async move { Ok::<_, Infallible>(service.answer(request).await) }
-                            }),
-                        );
-                    let connection = graceful.watch(connection);
-                    connections.spawn(async move {
-                        if let Err(error) = connection.await {
-                            tracing::debug!(%error, "a connection ended early");
-                        }
-                        drop(place);
-                    });
-                }
+                () = shutdown.cancelled() => {}
+                () = ending.cancelled() => {}
             }
-        }
+        };
+        connections.accept(&listener, answer, end).await;
         // From here on a successor may take over the address, the socket and the lock, while streams still finish here.
         drop(listener);
         let _ = std::fs::remove_file(&socket);
         drop(lock);
         ending.cancel();
         let drain = ordered.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(drain);
-        tracing::info!(connections = connections.len(), drain_ms = drain.as_millis(), "the proxy drains");
-        if timeout(drain, graceful.shutdown()).await.is_err() {
-            tracing::warn!(connections = connections.len(), "the drain's time is over: what is still open is cut");
-        }
-        connections.shutdown().await;
+        tracing::info!(connections = connections.open(), drain_ms = drain.as_millis(), "the proxy drains");
+        connections.drain(drain).await;
         control.shutdown().await;
-    }
-}
-
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> (TcpStream, Option<tokio::sync::OwnedSemaphorePermit>) {
-    // Never closed, so a place is always given in the end.
-    let place = places.clone().acquire_owned().await.ok();
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let _ = stream.set_nodelay(true);
-                return (stream, place);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the proxy can't accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
     }
 }
 

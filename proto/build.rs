@@ -5,8 +5,13 @@ use prost::Message as _;
 use std::{env, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files =
-        ["drover/v1/types.proto", "drover/v1/fleet.proto", "drover/v1/node.proto", "drover/store/v1/records.proto"];
+    let files = [
+        "drover/v1/types.proto",
+        "drover/v1/processes.proto",
+        "drover/v1/fleet.proto",
+        "drover/v1/node.proto",
+        "drover/store/v1/records.proto",
+    ];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

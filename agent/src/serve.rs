@@ -17,7 +17,13 @@ use crate::{
 };
 use anyhow::{Context as _, ensure};
 use drover_proto::{files, transport::Target, v1::Capacity};
-use std::{collections::BTreeMap, path::Path, process::Stdio, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    process::Stdio,
+    sync::{Arc, atomic::AtomicI64},
+    time::Duration,
+};
 use tokio::time::timeout;
 
 /// How long `llama-server --help` may take.
@@ -49,6 +55,7 @@ impl Agent {
             board: Board::default(),
             session: Deadline::default(),
             events,
+            taken_bytes: AtomicI64::new(0),
             settings: settings.clone(),
         });
         let registry = Arc::new(Registry::adopt(context.clone()).await.context("what earlier agents left")?);

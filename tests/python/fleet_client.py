@@ -17,7 +17,7 @@ DEADLINE = 60
 
 
 def generate(protos: str, out: str) -> None:
-    wanted = ["drover/v1/types.proto", "drover/v1/fleet.proto"]
+    wanted = ["drover/v1/types.proto", "drover/v1/processes.proto", "drover/v1/fleet.proto"]
     include = pathlib.Path(protoc.__file__).parent / "_proto"
     code = protoc.main(["protoc", f"-I{protos}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", *wanted])
     assert code == 0, "the stubs could not be generated"

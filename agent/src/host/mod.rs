@@ -6,3 +6,4 @@ pub mod disk;
 pub mod machine;
 pub mod memory;
 pub mod processes;
+pub mod scan;

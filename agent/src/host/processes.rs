@@ -4,7 +4,7 @@
 //! from that on the handle names this process, whatever becomes of its pid.
 
 use drover_shim::{
-    identity::{self, Verdict},
+    identity::{self, Process, Verdict},
     record::{Record, Stage},
     sys,
 };
@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use std::{
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
+    path::Path,
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -41,22 +42,26 @@ pub enum Found {
 /// Looks for the process of a record.
 #[must_use]
 pub fn find(record: &Record) -> Found {
+    find_process(&record.process, (record.stage == Stage::Held).then_some(record.shim.as_path()))
+}
+
+/// Looks for a process of this identity. `held_as`: executable that it shows while it is held.
+#[must_use]
+pub fn find_process(process: &Process, held_as: Option<&Path>) -> Found {
+    let pid = process.pid;
     // The handle first: a pid verified before could change hands before the handle is opened.
-    let handle = match sys::pidfd_open(record.process.pid) {
+    let handle = match sys::pidfd_open(pid) {
         Ok(handle) => handle,
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Found::Gone,
-        Err(error) => return Found::Unknown(format!("no handle of pid {}: {error}", record.process.pid)),
+        Err(error) => return Found::Unknown(format!("no handle of pid {pid}: {error}")),
     };
-    let held_as = (record.stage == Stage::Held).then_some(record.shim.as_path());
-    match identity::verify(&record.process, held_as) {
+    match identity::verify(process, held_as) {
         Verdict::Gone => Found::Gone,
         Verdict::Other(what) => Found::Other(what),
         Verdict::Unknown(why) => Found::Unknown(why),
         Verdict::Same => match watch(handle) {
-            Ok(handle) => {
-                Found::Living(Living { handle, pid: record.process.pid, start_ticks: record.process.start_ticks })
-            }
-            Err(error) => Found::Unknown(format!("the handle of pid {} can't be watched: {error}", record.process.pid)),
+            Ok(handle) => Found::Living(Living { handle, pid, start_ticks: process.start_ticks }),
+            Err(error) => Found::Unknown(format!("the handle of pid {pid} can't be watched: {error}")),
         },
     }
 }

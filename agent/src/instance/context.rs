@@ -3,7 +3,10 @@
 use super::{arguments::Known, board::Board, routes::Routes, session::Deadline, state::Policy};
 use crate::config::Settings;
 use drover_proto::v1::{DeploymentSpec, NodeEvent, Severity};
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, Ordering},
+};
 use tokio::sync::mpsc;
 
 /// Shared by all instances.
@@ -23,6 +26,8 @@ pub struct Context {
     pub session: Deadline,
     /// Events on their way to the coordinator.
     pub events: Events,
+    /// Memory that processes take which are none of this node's instances, in bytes.
+    pub taken_bytes: AtomicI64,
 }
 
 /// Sends events of this node to the coordinator. Bounded: what does not fit is logged only.
@@ -53,6 +58,12 @@ impl Events {
 }
 
 impl Context {
+    /// Memory that instances of this node may reserve, in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> i64 {
+        self.settings.memory_bytes.saturating_sub(self.taken_bytes.load(Ordering::Relaxed)).max(0)
+    }
+
     /// Bounds of an instance: the node's own, with what its deployment says.
     #[must_use]
     pub fn policy(&self, spec: &DeploymentSpec) -> Policy {

@@ -140,7 +140,7 @@ impl Registry {
         }
         let running: i64 = self.context.board.all().values().map(|entry| entry.memory_bytes).sum();
         let used = inner.claiming.values().fold(running, |sum, bytes| sum.saturating_add(*bytes));
-        let capacity = self.context.settings.memory_bytes;
+        let capacity = self.context.memory_bytes();
         if used.saturating_add(memory_bytes) > capacity {
             return Err(format!(
                 "it needs {} MiB, and {} MiB of this node's {} MiB are reserved",

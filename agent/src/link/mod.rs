@@ -11,7 +11,11 @@ pub mod reports;
 pub mod session;
 pub mod stored;
 
-use crate::{instance::registry::Registry, model::inventory};
+use crate::{
+    instance::registry::Registry,
+    model::inventory,
+    orphans::{Orphans, commands},
+};
 use claims::{Claims, Job};
 use drover_proto::{
     transport::Target,
@@ -62,6 +66,12 @@ pub async fn start(parts: Parts) -> anyhow::Result<Link> {
     let models = watch::Sender::new(scan(&parts.registry).await);
     let models_seen = models.subscribe();
 
+    let orphans = Arc::new(Orphans::start(parts.registry.clone(), parts.about.capacity.clone(), stop.clone()).await);
+    let (commands, asked) = mpsc::channel(commands::WAITING);
+    let (answer, answers) = mpsc::channel(commands::WAITING);
+    let capacity = orphans.capacity();
+    tokio::spawn(stop.clone().run_until_cancelled_owned(commands::work(orphans, asked, answer)));
+
     let claims = Claims::new(parts.registry.clone(), parts.target.clone(), identity.clone());
     tokio::spawn(stop.clone().run_until_cancelled_owned(claims.work(waiting)));
     tokio::spawn(stop.clone().run_until_cancelled_owned(apply(parts.registry.clone(), latest_set, jobs.clone())));
@@ -75,6 +85,9 @@ pub async fn start(parts: Parts) -> anyhow::Result<Link> {
         events: parts.events,
         telemetry: parts.telemetry,
         models: models_seen,
+        capacity,
+        commands,
+        answers,
         sets,
         jobs,
     };

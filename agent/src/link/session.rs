@@ -13,9 +13,9 @@ use drover_proto::{
     status::{reason, reason_of},
     transport::Target,
     v1::{
-        Capacity, ClaimSet, Heartbeat, Hello, ModelInventory, NodeEvent, RecordedRun, RunSet, SessionRequest,
-        SessionResponse, SpanCheckpoint, Welcome, node_service_client::NodeServiceClient, session_request,
-        session_response,
+        Capacity, ClaimSet, CommandAnswer, Heartbeat, Hello, ModelInventory, NodeCommand, NodeEvent, RecordedRun,
+        RunSet, SessionRequest, SessionResponse, SpanCheckpoint, Welcome, node_service_client::NodeServiceClient,
+        session_request, session_response,
     },
 };
 use std::{
@@ -51,7 +51,7 @@ pub struct About {
     pub boot_id: String,
     /// Labels.
     pub labels: BTreeMap<String, String>,
-    /// What it has to give.
+    /// What it has to give when nothing but its instances runs there.
     pub capacity: Capacity,
     /// Address of its proxy as coordinators reach it.
     pub proxy_address: String,
@@ -67,6 +67,9 @@ pub struct Session {
     pub(super) events: mpsc::Receiver<NodeEvent>,
     pub(super) telemetry: drover_telemetry::Handle,
     pub(super) models: watch::Receiver<ModelInventory>,
+    pub(super) capacity: watch::Receiver<Capacity>,
+    pub(super) commands: mpsc::Sender<NodeCommand>,
+    pub(super) answers: mpsc::Receiver<CommandAnswer>,
     pub(super) sets: watch::Sender<Option<(u64, ClaimSet)>>,
     pub(super) jobs: mpsc::Sender<Job>,
 }
@@ -156,7 +159,7 @@ impl Session {
             resume_session_id: stored.session_id,
             store_generation: stored.store_generation,
             labels: self.about.labels.clone().into_iter().collect::<HashMap<_, _>>(),
-            capacity: Some(self.about.capacity.clone()),
+            capacity: Some(self.capacity.borrow().clone()),
             proxy_address: self.about.proxy_address.clone(),
             runs: self.registry.recorded_runs().await,
             models: Some(self.models.borrow().clone()),
@@ -191,6 +194,8 @@ impl Session {
             "this node has a session"
         );
         self.models.mark_unchanged();
+        // What has changed since the hello was written is told once more.
+        self.capacity.mark_changed();
         self.take_claims(session.number, &session.id, welcome.claims.unwrap_or_default());
         Ok(Stream {
             outgoing,
@@ -245,6 +250,15 @@ impl Session {
                     let models = self.models.borrow_and_update().clone();
                     stream.send(session_request::Message::Models(models))?;
                 }
+                changed = self.capacity.changed() => {
+                    changed.context("the agent ends")?;
+                    let capacity = self.capacity.borrow_and_update().clone();
+                    stream.send(session_request::Message::Capacity(capacity))?;
+                }
+                answer = self.answers.recv() => {
+                    let answer = answer.context("the agent ends")?;
+                    stream.send(session_request::Message::CommandAnswer(answer))?;
+                }
                 _ = checkpoint.tick() => stream.send(self.checkpoint())?,
                 () = self.identity.resume_asked() => {
                     tracing::info!("the session is resumed to settle what is not known");
@@ -287,6 +301,11 @@ impl Session {
                     tracing::warn!(instance = ack.instance, %token, "a report was refused: its token is not that of the claim");
                 }
                 stream.reports.acknowledged(&ack);
+            }
+            Some(session_response::Message::Command(command)) => {
+                // What does not fit is not answered: whoever asked learns it by the clock.
+                let queued = self.commands.try_send(command);
+                tracing::debug!(taken = queued.is_ok(), "a command has come");
             }
             Some(session_response::Message::Welcome(_)) => tracing::warn!("a second welcome on one stream is ignored"),
             // Of a newer coordinator: what we do not know we were not to rely on.

@@ -4,9 +4,10 @@ use super::{
     convert,
     deployments::{self, Deployments},
     events, logs, page,
+    processes::{self, Processes},
 };
 use crate::{
-    control::{events::Events, view::View},
+    control::{commands::Commands, events::Events, view::View},
     plan::snapshot::Snapshot,
     store::Store,
 };
@@ -28,6 +29,7 @@ pub struct Fleet {
     store: Store,
     view: View,
     deployments: Deployments,
+    processes: Processes,
     unplaced: watch::Receiver<BTreeMap<String, String>>,
     proxies: crate::gateway::ProxyClient,
     stop: CancellationToken,
@@ -44,8 +46,10 @@ impl Fleet {
         proxies: crate::gateway::ProxyClient,
         stop: CancellationToken,
     ) -> Self {
-        let deployments = Deployments { store: store.clone(), view: view.clone(), events };
-        Self { store, view, deployments, unplaced, proxies, stop }
+        let deployments = Deployments { store: store.clone(), view: view.clone(), events: events.clone() };
+        let commands = Commands::new(store.clone(), view.clone());
+        let processes = Processes { store: store.clone(), view: view.clone(), events, commands };
+        Self { store, view, deployments, processes, unplaced, proxies, stop }
     }
 
     /// A stream that ends, with an error that tells the caller to go elsewhere, when this coordinator goes away.
@@ -189,5 +193,31 @@ impl FleetService for Fleet {
         let snapshot = self.snapshot()?;
         let stream = logs::stream(&snapshot, &self.proxies, request.into_inner()).await?;
         Ok(Response::new(self.until_stop(stream)))
+    }
+
+    async fn list_processes(
+        &self,
+        request: Request<v1::ListProcessesRequest>,
+    ) -> Result<Response<v1::ListProcessesResponse>, Status> {
+        self.snapshot()?;
+        Ok(Response::new(self.processes.list(request.into_inner()).await?))
+    }
+
+    async fn stop_process(
+        &self,
+        request: Request<v1::StopProcessRequest>,
+    ) -> Result<Response<v1::StopProcessResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.stop_process"), processes::caller(&request));
+        Ok(Response::new(self.processes.stop(&who, request.into_inner()).instrument(span).await?))
+    }
+
+    async fn cleanup_processes(
+        &self,
+        request: Request<v1::CleanupProcessesRequest>,
+    ) -> Result<Response<v1::CleanupProcessesResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.cleanup_processes"), processes::caller(&request));
+        Ok(Response::new(self.processes.clean_up(&who, request.into_inner()).instrument(span).await?))
     }
 }

@@ -7,6 +7,7 @@ mod fleet;
 mod logs;
 mod node;
 mod page;
+mod processes;
 mod validate;
 
 pub use fleet::Fleet;

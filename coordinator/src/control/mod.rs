@@ -1,11 +1,12 @@
 //! Control: what a coordinator does on its own account, above the store and below the API.
 //!
 //! Owns: the watched view of the store ([`view`]), the election ([`leader`]), the cycle observe → plan → commit
-//! ([`cycle`]), agents' sessions ([`sessions`]) and their claims ([`claims`]), what owners report ([`status`]), and the
-//! record of what happened ([`events`]).
+//! ([`cycle`]), agents' sessions ([`sessions`]) and their claims ([`claims`]), what owners report ([`status`]), what
+//! operators ask of nodes ([`commands`]), and the record of what happened ([`events`]).
 
 pub mod claims;
 pub mod clock;
+pub mod commands;
 pub mod cycle;
 pub mod events;
 pub mod leader;

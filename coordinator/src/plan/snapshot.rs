@@ -49,6 +49,8 @@ pub struct Snapshot {
     pub statuses: Map<record::Status>,
     /// By name.
     pub nodes: Map<record::Node>,
+    /// What operators ask of nodes and wait for, by "<node>/<id>".
+    pub commands: Map<record::Command>,
 }
 
 impl Snapshot {
@@ -92,6 +94,13 @@ impl Snapshot {
     pub fn spec_of(&self, instance: &record::Instance) -> Option<&drover_proto::v1::DeploymentSpec> {
         let key = format!("{}/{:020}", instance.deployment, instance.revision);
         self.revisions.get(&key)?.value.spec.as_ref()
+    }
+
+    /// What is asked of a node now.
+    pub fn commands_to<'a>(&'a self, node: &str) -> impl Iterator<Item = (&'a String, &'a record::Command)> {
+        let prefix = format!("{node}/");
+        let from = self.commands.range(prefix.clone()..);
+        from.take_while(move |(key, _)| key.starts_with(&prefix)).map(|(key, stored)| (key, &stored.value))
     }
 
     /// Instances of a deployment, by id.

@@ -26,6 +26,10 @@ pub const RUNS: &str = "runs/";
 pub const STATUS: &str = "status/";
 /// All nodes.
 pub const NODES: &str = "nodes/";
+/// All commands to nodes.
+pub const COMMANDS: &str = "commands/";
+/// All answers to commands.
+pub const ANSWERS: &str = "answers/";
 /// All events.
 pub const EVENTS: &str = "events/";
 
@@ -83,6 +87,16 @@ pub fn status(id: &str) -> String {
 #[must_use]
 pub fn node(name: &str) -> String {
     format!("{NODES}{name}")
+}
+/// A command to a node.
+#[must_use]
+pub fn command(node: &str, id: &str) -> String {
+    format!("{COMMANDS}{node}/{id}")
+}
+/// The answer to a command.
+#[must_use]
+pub fn answer(node: &str, id: &str) -> String {
+    format!("{ANSWERS}{node}/{id}")
 }
 /// One place in the ring of events of an object ("instance/<id>").
 #[must_use]

@@ -109,7 +109,7 @@ impl<M: Message + Default> Place for Option<Arc<Stored<M>>> {
 }
 
 /// Every place with its key, or with the prefix of its keys, which ends with '/'.
-fn places(snapshot: &mut Snapshot) -> [(&'static str, &mut dyn Place); 12] {
+fn places(snapshot: &mut Snapshot) -> [(&'static str, &mut dyn Place); 13] {
     [
         (keys::SCHEMA, &mut snapshot.schema),
         (keys::HALT, &mut snapshot.halt),
@@ -123,6 +123,7 @@ fn places(snapshot: &mut Snapshot) -> [(&'static str, &mut dyn Place); 12] {
         (keys::RUNS, &mut snapshot.runs),
         (keys::STATUS, &mut snapshot.statuses),
         (keys::NODES, &mut snapshot.nodes),
+        (keys::COMMANDS, &mut snapshot.commands),
     ]
 }
 

@@ -4,8 +4,8 @@ use crate::{client::Client, failure::Failure};
 use drover_proto::{
     limits, text,
     v1::{
-        Deployment, Event, GetDeploymentRequest, GetInstanceRequest, Instance, ListDeploymentsRequest,
-        ListInstancesRequest, ListNodesRequest, Node, WatchEventsRequest,
+        Deployment, Event, GetDeploymentRequest, GetInstanceRequest, HostProcess, Instance, ListDeploymentsRequest,
+        ListInstancesRequest, ListNodesRequest, ListProcessesRequest, Node, NodeFailure, WatchEventsRequest,
     },
 };
 
@@ -90,6 +90,25 @@ pub async fn nodes(client: &Client) -> Result<Vec<Node>, Failure> {
         all.extend(page.nodes);
         if !further(&mut token, page.next_page_token)? {
             return Ok(all);
+        }
+    }
+}
+
+/// The llama-server processes of a node, or of all when it is empty, by node and pid; and the nodes that did not answer.
+pub async fn processes(client: &Client, node: &str) -> Result<(Vec<HostProcess>, Vec<NodeFailure>), Failure> {
+    let (mut all, mut token) = (Vec::new(), String::new());
+    loop {
+        let request =
+            || ListProcessesRequest { node: node.to_owned(), page_size: PAGE_SIZE, page_token: token.clone() };
+        let page = client
+            .read(|mut fleet| {
+                let r = request();
+                async move { fleet.list_processes(r).await }
+            })
+            .await?;
+        all.extend(page.processes);
+        if !further(&mut token, page.next_page_token)? {
+            return Ok((all, page.unreachable));
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod events;
 pub mod fetch;
 pub mod get;
 pub mod logs;
+pub mod processes;
 pub mod scale;
 pub mod version;
 
@@ -60,6 +61,7 @@ async fn one(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Delete(options) => delete::run(context, &options).await,
         Command::Logs(options) => logs::run(context, &options).await,
         Command::Events(options) => events::run(context, &options).await,
+        Command::Processes(options) => processes::run(context, &options).await,
         Command::Chat(options) => chat::run(context, &options).await,
         Command::Dev(options) => crate::dev::run(context, &options).await,
         Command::Version => version::run(context),

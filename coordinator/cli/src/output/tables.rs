@@ -2,7 +2,9 @@
 
 use super::Tone;
 use crate::clock;
-use drover_proto::v1::{Deployment, Event, Instance, InstanceState, Node, Severity};
+use drover_proto::v1::{
+    Deployment, Event, HostProcess, Instance, InstanceState, Node, ProcessAction, ProcessOwner, ProcessResult, Severity,
+};
 
 /// A row of a table.
 pub type Row = Vec<(String, Tone)>;
@@ -14,6 +16,12 @@ pub const INSTANCES: [&str; 8] = ["ID", "STATE", "NODE", "TOKEN", "PID", "RESTAR
 /// Columns of [`nodes`].
 pub const NODES: [&str; 9] =
     ["NAME", "STATE", "INSTANCES", "MEMORY FREE", "CPUS", "GPUS", "PROXY", "FOR", "LABELS / MESSAGE"];
+
+/// Columns of [`processes`].
+pub const PROCESSES: [&str; 9] =
+    ["NODE", "PID", "OWNER", "INSTANCE", "MEMORY", "GPU MEMORY", "AGE", "MODEL", "COMMAND / MESSAGE"];
+/// Columns of [`results`].
+pub const RESULTS: [&str; 7] = ["NODE", "PID", "OWNER", "INSTANCE", "MODEL", "ACTION", "MESSAGE"];
 
 /// Deployments, one a row.
 #[must_use]
@@ -81,6 +89,63 @@ pub fn nodes(list: &[Node], now_seconds: i64) -> Vec<Row> {
             ]
         })
         .collect()
+}
+
+/// Processes of the hosts, one a row.
+#[must_use]
+pub fn processes(list: &[HostProcess]) -> Vec<Row> {
+    list.iter()
+        .map(|p| {
+            let said = if p.message.is_empty() { &p.command_line } else { &p.message };
+            vec![
+                plain(&p.node),
+                plain(p.pid),
+                owner(p.owner()),
+                plain(or_dash(&p.instance)),
+                plain(if p.rss_bytes > 0 { bytes(p.rss_bytes) } else { "-".to_owned() }),
+                plain(if p.gpu_memory_bytes > 0 { bytes(p.gpu_memory_bytes) } else { "-".to_owned() }),
+                plain(clock::age(p.age_ms / 1000)),
+                plain(or_dash(&p.model_path)),
+                plain(said),
+            ]
+        })
+        .collect()
+}
+
+/// What was done to processes, or would be, one a row.
+#[must_use]
+pub fn results(list: &[ProcessResult]) -> Vec<Row> {
+    list.iter()
+        .map(|r| {
+            let p = r.process.clone().unwrap_or_default();
+            let action = r.action().as_str_name().trim_start_matches("PROCESS_ACTION_").replace('_', " ");
+            let tone = match r.action() {
+                ProcessAction::Ended => Tone::Good,
+                ProcessAction::WouldEnd | ProcessAction::Draining => Tone::Busy,
+                _ => Tone::Bad,
+            };
+            vec![
+                plain(or_dash(&p.node)),
+                plain(if p.pid > 0 { p.pid.to_string() } else { "-".to_owned() }),
+                owner(p.owner()),
+                plain(or_dash(&p.instance)),
+                plain(or_dash(&p.model_path)),
+                (action, tone),
+                plain(&r.message),
+            ]
+        })
+        .collect()
+}
+
+fn owner(owner: ProcessOwner) -> (String, Tone) {
+    let word = owner.as_str_name().trim_start_matches("PROCESS_OWNER_").replace('_', " ");
+    let tone = match owner {
+        ProcessOwner::Owned => Tone::Good,
+        ProcessOwner::Stale | ProcessOwner::Foreign => Tone::Busy,
+        ProcessOwner::OtherAgent => Tone::Plain,
+        ProcessOwner::Unknown | ProcessOwner::Unspecified => Tone::Bad,
+    };
+    (word, tone)
 }
 
 /// An event as a line for people, and its tone.
@@ -202,6 +267,30 @@ mod tests {
             ["a", "connected", "0", "6.0 GiB of 8.0 GiB", "4", "0", "-", "-", "gpu=none zone=x disk full"]
         );
         assert_eq!(rows[0].len(), NODES.len());
+    }
+
+    #[test]
+    fn a_process_shows_whose_it_is_and_a_result_what_was_done() {
+        let process = HostProcess {
+            node: "a".into(),
+            pid: 7,
+            owner: ProcessOwner::OtherAgent.into(),
+            rss_bytes: 1 << 20,
+            age_ms: 65_000,
+            command_line: "llama-server -m x".into(),
+            ..Default::default()
+        };
+        let rows = processes(std::slice::from_ref(&process));
+        assert_eq!(text(&rows[0]), ["a", "7", "OTHER AGENT", "-", "1.0 MiB", "-", "1m05s", "-", "llama-server -m x"]);
+        assert_eq!(rows[0].len(), PROCESSES.len());
+        let result = ProcessResult {
+            process: Some(process),
+            action: ProcessAction::LeftAlone.into(),
+            message: "not ours".into(),
+        };
+        let rows = results(&[result]);
+        assert_eq!(text(&rows[0]), ["a", "7", "OTHER AGENT", "-", "-", "LEFT ALONE", "not ours"]);
+        assert_eq!((rows[0].len(), rows[0][5].1), (RESULTS.len(), Tone::Bad));
     }
 
     #[test]

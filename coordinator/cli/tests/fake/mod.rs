@@ -210,6 +210,24 @@ impl fleet_service_server::FleetService for Fake {
         let lines = (0..request.tail_lines).map(|n| format!("line {n}")).collect();
         Ok(Response::new(streamed(vec![StreamLogsResponse { lines }], None)))
     }
+
+    async fn list_processes(
+        &self,
+        _: Request<ListProcessesRequest>,
+    ) -> Result<Response<ListProcessesResponse>, Status> {
+        Err(Status::unimplemented("this fake has no hosts"))
+    }
+
+    async fn stop_process(&self, _: Request<StopProcessRequest>) -> Result<Response<StopProcessResponse>, Status> {
+        Err(Status::unimplemented("this fake has no hosts"))
+    }
+
+    async fn cleanup_processes(
+        &self,
+        _: Request<CleanupProcessesRequest>,
+    ) -> Result<Response<CleanupProcessesResponse>, Status> {
+        Err(Status::unimplemented("this fake has no hosts"))
+    }
 }
 
 /// `drover` with its words, without any of the caller's settings.

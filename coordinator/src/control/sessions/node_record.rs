@@ -2,7 +2,10 @@
 //! written, and tried again until it is; whoever tells it never waits for the store.
 
 use crate::store::{Compare, Error, Store, Txn, keys, records};
-use drover_proto::{store::v1 as record, v1::ModelInventory};
+use drover_proto::{
+    store::v1 as record,
+    v1::{Capacity, ModelInventory},
+};
 use prost_types::Timestamp;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -16,6 +19,7 @@ const ATTEMPTS: usize = 3;
 pub(in crate::control) struct Told {
     pub(in crate::control) models: Option<ModelInventory>,
     pub(in crate::control) unclaimed: Option<Vec<record::UnclaimedRun>>,
+    pub(in crate::control) capacity: Option<Capacity>,
 }
 
 /// Keeps the record as told until nobody tells any more, or until the node has joined anew: then another stream does.
@@ -53,6 +57,9 @@ async fn write(store: &Store, node: &str, joined_at: Option<Timestamp>, told: &T
         }
         if let Some(unclaimed) = &told.unclaimed {
             after.unclaimed.clone_from(unclaimed);
+        }
+        if let Some(capacity) = &told.capacity {
+            after.capacity = Some(capacity.clone());
         }
         if after == before {
             return Ok(true);

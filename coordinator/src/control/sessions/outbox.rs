@@ -11,7 +11,7 @@ use drover_proto::{
         session_response::Message,
     },
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Time that an offer's best candidate has before the others are told, in milliseconds: placement is meant, and a few
 /// round trips of the best node are worth waiting for.
@@ -34,6 +34,8 @@ pub(super) struct Outbox {
     offers: BTreeMap<String, Seen>,
     /// Runs that the node has on record, as it said last.
     runs: Vec<RecordedRun>,
+    /// Commands that were sent on this stream and still stand.
+    commands: BTreeSet<String>,
 }
 
 impl Outbox {
@@ -92,6 +94,12 @@ impl Outbox {
             }
             seen.sent = true;
             messages.push(Message::Offer(offer));
+        }
+        self.commands.retain(|key| snapshot.commands.contains_key(key));
+        for (key, asked) in snapshot.commands_to(node) {
+            if let (Some(command), true) = (&asked.command, self.commands.insert(key.clone())) {
+                messages.push(Message::Command(command.clone()));
+            }
         }
         (messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect(), again)
     }
@@ -272,5 +280,32 @@ mod tests {
         println!("1000 nodes that own 10,000 were told in {took:?}");
         assert!(took.as_millis() < 1500, "{took:?}: looking through all claims for every node took 3.9 s");
         assert_eq!(told, 10_000);
+    }
+
+    #[test]
+    fn a_command_is_told_once_on_a_stream_and_only_to_its_node() {
+        let mut snapshot = Snapshot::default();
+        let asked = |id: &str| {
+            let command = Some(drover_proto::v1::NodeCommand { id: id.to_owned(), command: None });
+            stored(record::Command { command, lease: 1 }, 3)
+        };
+        snapshot.commands.insert("a/1".to_owned(), asked("1"));
+        snapshot.commands.insert("ab/2".to_owned(), asked("2"));
+        let mut outbox = Outbox::new(vec![]);
+        let mut told = |snapshot: &Snapshot| {
+            let (due, _) = outbox.due(snapshot, &Shares::of(snapshot), "a", NOW);
+            let ids = due.into_iter().filter_map(|m| match m.message {
+                Some(Message::Command(command)) => Some(command.id),
+                _ => None,
+            });
+            ids.collect::<Vec<_>>()
+        };
+        assert_eq!(told(&snapshot), ["1"]);
+        assert!(told(&snapshot).is_empty());
+        assert_eq!(
+            Outbox::new(vec![]).due(&snapshot, &Shares::of(&snapshot), "b", NOW).0.len(),
+            1,
+            "the set of claims"
+        );
     }
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     audit::Audit,
-    control::{clock, events::Events, status::Statuses, view::View},
+    control::{clock, commands, events::Events, status::Statuses, view::View},
     plan::snapshot::Snapshot,
     store::{self, Store},
 };
@@ -16,8 +16,8 @@ use drover_proto::{
     ids,
     status::{reason, with_reason},
     v1::{
-        Heartbeat, HeartbeatAck, Hello, NodeEvent, SessionRequest, SessionResponse, Severity, StatusAck, StatusReport,
-        Welcome, session_request, session_response::Message,
+        CommandAnswer, Heartbeat, HeartbeatAck, Hello, NodeEvent, SessionRequest, SessionResponse, Severity, StatusAck,
+        StatusReport, Welcome, session_request, session_response::Message,
     },
 };
 use std::{collections::BTreeMap, time::Duration};
@@ -34,6 +34,8 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 const OUTBOUND: usize = 64;
 /// Reports that wait to be recorded.
 const REPORTS: usize = 1024;
+/// Answers to commands that wait to be written; what does not fit is left out, and its caller waits in vain.
+const ANSWERS: usize = 16;
 
 type Answers = mpsc::Sender<Result<SessionResponse, Status>>;
 
@@ -137,6 +139,9 @@ impl Sessions {
         let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone());
         let (tell, told) = watch::channel(Told::default());
         let node_record = node_record::keep(self.store.clone(), node.clone(), opened.joined_at, told);
+        let (answer, answered) = mpsc::channel(ANSWERS);
+        let answer_commands = commands::write_answers(self.store.clone(), self.view.clone(), node.clone(), answered);
+        let inward = Inward { beats, reports, tell, answer };
         let mut snapshots = self.view.subscribe();
         let talk = async {
             loop {
@@ -160,16 +165,16 @@ impl Sessions {
                         Ok(Some(SessionRequest { message: Some(session_request::Message::Runs(set)) })) => {
                             outbox.set_runs(set.runs);
                             let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
-                            tell.send_modify(|told| told.unclaimed = Some(unclaimed));
+                            inward.tell.send_modify(|told| told.unclaimed = Some(unclaimed));
                         }
-                        Ok(Some(message)) => self.take(&node, message, &beats, &reports, &tell).await,
+                        Ok(Some(message)) => self.take(&node, message, &inward).await,
                         Ok(None) | Err(_) => return,
                     },
                 }
             }
         };
         tokio::select! {
-            () = async { tokio::join!(renew, record, node_record); } => {}
+            () = async { tokio::join!(renew, record, node_record, answer_commands); } => {}
             () = talk => {}
             () = self.stop.cancelled() => {
                 let away = with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "this coordinator is shutting down");
@@ -179,24 +184,25 @@ impl Sessions {
         tracing::debug!(node, "a session's stream has ended; its lease goes on until it runs out or is resumed");
     }
 
-    async fn take(
-        &self,
-        node: &str,
-        message: SessionRequest,
-        beats: &mpsc::Sender<Heartbeat>,
-        reports: &mpsc::Sender<StatusReport>,
-        tell: &watch::Sender<Told>,
-    ) {
+    async fn take(&self, node: &str, message: SessionRequest, inward: &Inward) {
         match message.message {
             // A heartbeat that finds the queue full is answered by those before it.
-            Some(session_request::Message::Heartbeat(beat)) => drop(beats.try_send(beat)),
+            Some(session_request::Message::Heartbeat(beat)) => drop(inward.beats.try_send(beat)),
             Some(session_request::Message::Status(report)) => {
-                let _ = reports.send(report).await;
+                let _ = inward.reports.send(report).await;
             }
             Some(session_request::Message::Event(event)) => self.node_event(node, event),
             Some(session_request::Message::Checkpoint(checkpoint)) => self.audit.checkpoint(node, checkpoint),
             Some(session_request::Message::Models(models)) => {
-                tell.send_modify(|told| told.models = Some(models));
+                inward.tell.send_modify(|told| told.models = Some(models));
+            }
+            Some(session_request::Message::Capacity(capacity)) => {
+                inward.tell.send_modify(|told| told.capacity = Some(capacity));
+            }
+            Some(session_request::Message::CommandAnswer(answer)) => {
+                if inward.answer.try_send(answer).is_err() {
+                    tracing::warn!(node, "too many answers to commands at once: one is left out");
+                }
             }
             Some(session_request::Message::Hello(_) | session_request::Message::Runs(_)) | None => {
                 tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
@@ -212,6 +218,14 @@ impl Sessions {
         let message: String = event.message.chars().take(2000).collect();
         self.events.record_from(format!("node/{node}"), object, &reason, severity, message);
     }
+}
+
+/// Where what a node says goes on to.
+struct Inward {
+    beats: mpsc::Sender<Heartbeat>,
+    reports: mpsc::Sender<StatusReport>,
+    tell: watch::Sender<Told>,
+    answer: mpsc::Sender<CommandAnswer>,
 }
 
 /// Waits until a time of the wall clock; for ever when there is none.

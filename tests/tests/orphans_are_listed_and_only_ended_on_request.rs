@@ -39,6 +39,7 @@ async fn orphans_are_listed_and_only_ended_on_request() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
+    a_stale_one_is_ended_unasked(&cluster).await?;
     a_pid_is_stopped_by_the_command(&cluster).await?;
     let stopped = an_instance_is_stopped_and_replaced(&cluster, &instances[0], false).await?;
     an_instance_is_stopped_and_replaced(&cluster, &stopped, true).await?;
@@ -55,7 +56,7 @@ async fn orphans_are_listed_and_only_ended_on_request() -> anyhow::Result<()> {
 struct Foreign(Child);
 
 impl Foreign {
-    /// Its socket has a name of its own: a server that was killed leaves the file.
+    /// Its socket, below the fleet's folder, is its own: a server that was killed leaves the file.
     fn start(cluster: &Cluster, name: &str) -> anyhow::Result<Self> {
         let mut command = Command::new(llama_server()?);
         command.arg("--model").arg(cluster.model()).args(["--api-key", KEY, "--threads", "1", "--host"]);
@@ -180,6 +181,21 @@ async fn told(cluster: &Cluster, object: &str, reason: &str, words: &[&str]) -> 
     .await
 }
 
+/// One that listens where only this agent's servers do, and that no record of it names.
+async fn a_stale_one_is_ended_unasked(cluster: &Cluster) -> anyhow::Result<()> {
+    let mut stale = Foreign::start(cluster, "agent-a/run/tiny-222222")?;
+    let pid = i64::from(stale.0.id());
+    eventually("it is listed as stale", SOON, async || {
+        let listed = processes(cluster, 0).await?;
+        let found = listed.iter().find(|p| p.pid == pid).with_context(|| format!("{listed:?}"))?;
+        ensure!(found.owner() == ProcessOwner::Stale, "{found:?}");
+        Ok(())
+    })
+    .await?;
+    assert_eq!(stale.signal().await?, None, "SIGTERM was enough, which it answers with an exit");
+    told(cluster, "node/a", "StaleProcess", &[&format!("pid {pid} "), "ended by SIGTERM"]).await
+}
+
 /// With `drover processes stop --node a --pid P`, which also ends one that ignores SIGTERM.
 async fn a_pid_is_stopped_by_the_command(cluster: &Cluster) -> anyhow::Result<()> {
     let mut foreign = Foreign::start(cluster, "second")?;
@@ -219,7 +235,8 @@ async fn an_instance_is_stopped_and_replaced(
     instance: &Instance,
     force: bool,
 ) -> anyhow::Result<Instance> {
-    let request = StopProcessRequest { instance: instance.id.clone(), force, ..Default::default() };
+    let reason = "it is slow".to_owned();
+    let request = StopProcessRequest { instance: instance.id.clone(), force, reason, ..Default::default() };
     let result = cluster.client(1).await?.stop_process(request).await?.into_inner().result.context("no result")?;
     let fine = if force { ProcessAction::Ended } else { ProcessAction::Draining };
     assert!(result.action() == fine || result.action() == ProcessAction::Draining, "{result:?}");
@@ -231,6 +248,7 @@ async fn an_instance_is_stopped_and_replaced(
     })
     .await?;
     ensure!(!processes(cluster, 0).await?.iter().any(|p| p.pid == instance.pid), "the old one lives");
+    told(cluster, "deployment/tiny", "StoppedByHand", &[&instance.id, "an operator at", "because: it is slow"]).await?;
     Ok(next)
 }
 

@@ -159,11 +159,12 @@ impl Processes {
     /// Stops an instance: it is wanted no more, so its node drains and ends it, and the reconciler makes another one.
     async fn stop_instance(&self, who: &str, why: &str, id: &str, force: bool) -> Result<ProcessResult, Status> {
         ids::check_instance_id(id).map_err(|e| invalid_field("instance", e.to_string()))?;
-        self.want_no_more(id).await?;
-        let object = format!("instance/{id}");
+        let deployment = self.want_no_more(id).await?;
         let how = if force { "at once" } else { "after draining" };
-        let asked = format!("{who} has it stopped {how}{why}");
-        self.events.record(object, "StoppedByHand", Severity::Info, asked);
+        let asked = format!("{who} has {id} stopped {how}{why}");
+        self.events.record(format!("instance/{id}"), "StoppedByHand", Severity::Info, asked.clone());
+        // What is recorded of the instance goes with it.
+        self.events.record(format!("deployment/{deployment}"), "StoppedByHand", Severity::Info, asked);
         let snapshot = self.view.snapshot();
         let process = process_of(&snapshot, id);
         let message = format!("{id} is drained and stopped; its deployment gets another one");
@@ -179,14 +180,16 @@ impl Processes {
         Ok(ended.into_iter().next().unwrap_or(draining))
     }
 
-    async fn want_no_more(&self, id: &str) -> Result<(), Status> {
+    /// Gives the deployment that the instance belongs to.
+    async fn want_no_more(&self, id: &str) -> Result<String, Status> {
         for _ in 0..ATTEMPTS {
             let key = keys::instance(id);
             let stored = self.store.get(&key).await.map_err(store_status)?.ok_or_else(|| convert::no_instance(id))?;
             let now: record::Instance = records::decode(&stored).map_err(store_status)?;
             if !now.wanted {
-                return Ok(());
+                return Ok(now.deployment);
             }
+            let deployment = now.deployment.clone();
             let traceparent = drover_telemetry::context::current_traceparent();
             let next = record::Instance { wanted: false, offer: None, traceparent, ..now };
             let compare = vec![Compare::ModRevision(key.clone(), stored.mod_revision)];
@@ -195,7 +198,7 @@ impl Processes {
             if outcome.succeeded {
                 // Written is written; a view that lags only shows it later.
                 let _ = self.view.at_least(outcome.revision, CATCH_UP).await;
-                return Ok(());
+                return Ok(deployment);
             }
         }
         let what = format!("{id} was changed by others {ATTEMPTS} times in a row: try again");

@@ -70,3 +70,17 @@ async fn the_session() {
     assert_eq!((report.state(), report.pid), (InstanceState::Ready, ready.pid));
     assert!(node.path("state/session.damaged").exists());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_was_lost_can_be_started_again() {
+    let mut node = Node::start().await;
+    let ready = node.run("tiny-234567").await;
+    node.kill_agent();
+    damage(&node.path("state/instances/tiny-234567/claim"));
+    node.start_agent().await;
+    let file = node.path("state/instances/tiny-234567/claim");
+    support::wait_for("the claim to be on disk again", || file.exists().then_some(())).await;
+    support::signal(ready.pid, nix::sys::signal::Signal::SIGKILL);
+    let next = |r: &drover_proto::v1::StatusReport| r.state() == InstanceState::Ready && r.pid != ready.pid;
+    node.report("the next server", "tiny-234567", next).await;
+}

@@ -40,6 +40,8 @@ pub enum Verdict {
 pub struct Stat {
     /// State: 'R', 'S', 'D', 'T', 'Z', …
     pub state: char,
+    /// Process id of its parent.
+    pub parent: i32,
     /// Session id.
     pub session: i32,
     /// Processor time used in user and kernel mode, in clock ticks.
@@ -66,6 +68,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
     Some(Stat {
         state: fields.first()?.chars().next()?,
+        parent: fields.get(4 - 3)?.parse().ok()?,
         session: fields.get(6 - 3)?.parse().ok()?,
         cpu_ticks: number(14)?.saturating_add(number(15)?),
         start_ticks: number(22)?,
@@ -137,7 +140,7 @@ mod tests {
     #[test]
     fn a_program_name_with_spaces_and_parentheses_shifts_no_field() {
         let text = "77 (a) b (c) S 1 2 55 0 -1 0 0 0 0 0 7 8 0 0 20 0 1 0 4242 0 0";
-        let expected = Stat { state: 'S', session: 55, cpu_ticks: 15, start_ticks: 4242 };
+        let expected = Stat { state: 'S', parent: 1, session: 55, cpu_ticks: 15, start_ticks: 4242 };
         assert_eq!(parse_stat(text), Some(expected));
         assert_eq!(parse_stat("77 (x"), None);
     }

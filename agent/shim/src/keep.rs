@@ -13,13 +13,13 @@ use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        signal::{Signal, killpg},
+        signal::{Signal, kill, killpg},
         wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
     unistd::Pid,
 };
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read as _},
     os::fd::AsFd as _,
 };
@@ -29,6 +29,10 @@ const SWEEP_MS: u16 = 30_000;
 /// How often a refused record of the end is tried again, and with what pause in milliseconds.
 const EXIT_ATTEMPTS: u32 = 120;
 const EXIT_PAUSE_MS: u16 = 500;
+/// How often the server's descendants are looked for until none is left, and with what pause in milliseconds: one in the
+/// middle of a system call ends when it leaves that.
+const TREE_ATTEMPTS: u32 = 500;
+const TREE_PAUSE_MS: u16 = 10;
 
 /// Keeps a started process until it has ended and its end is on disk.
 pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
@@ -65,6 +69,7 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
     failpoint::at(Step::StopSeen);
     // The leader is a zombie until it is waited for, so its pid, which is also the group's id, can't be anybody else's.
     let _ = killpg(pid, Signal::SIGKILL);
+    end_descendants(pid);
     failpoint::at(Step::StopTreeEnded);
     if output_open {
         drain(&mut output, &mut |bytes| logs.write(bytes));
@@ -116,6 +121,28 @@ fn collect_orphans(leader: Pid) {
             }
             _ => return,
         }
+    }
+}
+
+/// Ends what the server has started and what left its group: once their parents have ended, all of them are children of
+/// the shim. A child's pid is nobody else's until it is collected, and nobody but this collects it.
+fn end_descendants(leader: Pid) {
+    let own = Pid::this().as_raw();
+    for _ in 0..TREE_ATTEMPTS {
+        let Ok(entries) = fs::read_dir("/proc") else { return };
+        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+        let children: Vec<Pid> = pids
+            .filter(|&pid| pid != leader.as_raw() && identity::stat(pid).is_ok_and(|stat| stat.parent == own))
+            .map(Pid::from_raw)
+            .collect();
+        if children.is_empty() {
+            return;
+        }
+        for child in children {
+            let _ = kill(child, Signal::SIGKILL);
+            let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
+        }
+        let _ = poll(&mut [], PollTimeout::from(TREE_PAUSE_MS));
     }
 }
 

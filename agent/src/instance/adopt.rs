@@ -19,7 +19,7 @@ use drover_shim::{
     Refusal, durable,
     failpoint::{self, Step},
     identity::{self, Process},
-    record::{Directory, FORMAT, Record, Spec, Stage},
+    record::{Directory, FORMAT, Record, Spec, Stage, Token},
     start,
 };
 use std::{
@@ -65,7 +65,10 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     let spec: Option<Spec> = read(&context, &instance, &directory.spec());
     let mut record: Option<Record> = read(&context, &instance, &directory.record());
     if record.is_none() {
-        record = rebuild(&context, &instance, spec.as_ref());
+        // The highest token that is left on disk: a lower one would let an overtaken start begin.
+        let claimed = Claim::read(directory.path()).ok().map(|claim| super::claim::stored_token(claim.token));
+        let token = spec.as_ref().map(|spec| spec.token).max(claimed);
+        record = rebuild(&context, &instance, token);
         if let Some(record) = &record
             && let Err(error) = durable::write(&directory.record(), record)
         {
@@ -169,7 +172,7 @@ fn claim(
 }
 
 /// Looks for a server whose record is lost: only a program of ours listens on the socket that belongs to this instance.
-fn rebuild(context: &Context, instance: &str, spec: Option<&Spec>) -> Option<Record> {
+fn rebuild(context: &Context, instance: &str, token: Option<Token>) -> Option<Record> {
     let socket = context.settings.socket_of(instance);
     let name = socket.to_str()?;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
@@ -187,7 +190,7 @@ fn rebuild(context: &Context, instance: &str, spec: Option<&Spec>) -> Option<Rec
         return Some(Record {
             format: FORMAT,
             instance: instance.to_owned(),
-            token: spec.map_or(drover_shim::record::Token { generation: 0, revision: 0 }, |s| s.token),
+            token: token.unwrap_or(Token { generation: 0, revision: 0 }),
             stage: Stage::Released,
             process: Process { boot_id: context.boot_id.clone(), pid, start_ticks: stat.start_ticks, executable },
             shim: context.settings.shim.clone(),

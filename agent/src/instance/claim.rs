@@ -63,6 +63,12 @@ pub fn token(stored: record::Token) -> Token {
 }
 
 impl Claim {
+    /// Whether it stands for one whose file was lost: then it says only which instance this is.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.revision == 0
+    }
+
     /// Reads the claim of an instance's directory.
     pub fn read(directory: &Path) -> Result<Self, durable::Error> {
         let path = directory.join(FILE_NAME);

@@ -1,5 +1,6 @@
 //! What others may ask of an instance's supervisor. Everything may be said again: it is level-triggered.
 
+use super::claim::Claim;
 use drover_proto::v1::Token;
 use tokio::sync::{mpsc, oneshot};
 
@@ -7,6 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 #[derive(Debug)]
 pub(super) enum Command {
     Want(bool, String),
+    Restore(Box<Claim>),
     Raise(Token, oneshot::Sender<bool>),
     Discard(oneshot::Sender<bool>),
 }
@@ -19,6 +21,11 @@ impl Handle {
     /// Says whether the instance should run, and the traceparent of who says so.
     pub async fn want(&self, wanted: bool, traceparent: &str) {
         let _ = self.0.send(Command::Want(wanted, traceparent.to_owned())).await;
+    }
+
+    /// Says what is claimed: a supervisor whose own file of it was lost takes it from here.
+    pub async fn restore(&self, claim: Claim) {
+        let _ = self.0.send(Command::Restore(Box::new(claim))).await;
     }
 
     /// Raises the token of the run, on disk first. False when that has failed.

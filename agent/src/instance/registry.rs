@@ -252,6 +252,7 @@ impl Registry {
                     return;
                 }
                 self.context.board.set_owned(&instance, true);
+                handle.restore(claim).await;
                 handle.want(wanted, traceparent).await;
                 Kind::Supervised(handle)
             }

@@ -149,6 +149,7 @@ impl Supervisor {
                             self.take(Event::Want(wanted)).await;
                         }
                     }
+                    Some(Command::Restore(claim)) => self.restore(*claim),
                     Some(Command::Raise(token, answer)) => {
                         self.raises.push((token, answer));
                         self.settle_raises().await;
@@ -349,6 +350,27 @@ impl Supervisor {
         if let Err(error) = self.claim.write(self.directory.path()) {
             tracing::warn!(instance = self.claim.instance, %error, "what was learnt is not on disk");
         }
+    }
+
+    /// Takes what is to run, and what it reserves, from the set of claims when the file that said so was lost: the next
+    /// start needs it.
+    fn restore(&mut self, claim: Claim) {
+        if !self.claim.is_lost() || claim.is_lost() {
+            return;
+        }
+        let lost = &self.claim;
+        self.policy = self.context.policy(&claim.spec);
+        self.claim = Claim {
+            token: lost.token,
+            restarts: lost.restarts,
+            failed: lost.failed.clone(),
+            since: lost.since,
+            ..claim
+        };
+        if let Err(error) = self.claim.write(self.directory.path()) {
+            tracing::warn!(instance = self.claim.instance, %error, "the restored claim is not on disk");
+        }
+        self.publish();
     }
 
     /// Raises the token, unless a launch is under way: then its outcome comes first.

@@ -65,6 +65,8 @@ pub struct Node {
     pub coordinator: Coordinator,
     pub agent: Option<Child>,
     pub config: String,
+    /// What its agents start as llama-server.
+    pub program: PathBuf,
     /// Step at which agents started from now on, or their shims, meet an end once: "kill", "exit" or "pause".
     pub fail_point: Option<(&'static str, &'static str)>,
 }
@@ -82,16 +84,24 @@ impl Node {
 
     /// The same, with a fail-point.
     pub async fn armed(config: &str, fail_point: Option<(&'static str, &'static str)>) -> Self {
-        let mut node = Self {
+        let mut node = Self::idle(config).await;
+        node.fail_point = fail_point;
+        node.start_agent().await;
+        node
+    }
+
+    /// A node without an agent yet.
+    pub async fn idle(config: &str) -> Self {
+        let node = Self {
             root: tempfile::Builder::new().prefix("drover").tempdir().unwrap(),
             coordinator: Coordinator::start().await,
             agent: None,
             config: config.to_owned(),
-            fail_point,
+            program: llama_server(),
+            fail_point: None,
         };
         fs::create_dir(node.path("models")).unwrap();
         drover::tiny_model::write(&node.path("models/tiny.gguf"), 1).unwrap();
-        node.start_agent().await;
         node
     }
 
@@ -138,7 +148,7 @@ impl Node {
             .arg("--model-roots")
             .arg(self.path("models"))
             .arg("--llama-server")
-            .arg(llama_server())
+            .arg(&self.program)
             .arg("--shim")
             .arg(shim())
             .arg("--ready-file")
@@ -245,6 +255,17 @@ impl Drop for Node {
 pub fn shim() -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_drover-agent")).with_file_name("drover-shim");
     assert!(path.is_file(), "{} is not built: run tests/run, or cargo build --workspace", path.display());
+    path
+}
+
+/// A program that behaves like a llama-server, and then does not (tests/support/misbehaving.rs).
+pub fn misbehaving() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_drover-agent")).with_file_name("examples").join("misbehaving-server");
+    assert!(
+        path.is_file(),
+        "{} is not built: run tests/run, or cargo build -p drover-agent --examples",
+        path.display()
+    );
     path
 }
 

@@ -155,6 +155,86 @@ fn loading_fails_only_for_lack_of_progress() {
     assert!(state.message.contains("no progress for 300 s"), "{}", state.message);
 }
 
+/// A host in the small: what the machine asks of it, and what happens there of itself.
+#[derive(Default)]
+struct World {
+    launching: bool,
+    alive: bool,
+    asked_to_end: bool,
+}
+
+impl World {
+    fn hear(&mut self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Launch => {
+                    assert!(!self.launching && !self.alive, "a second process beside the first");
+                    *self = Self { launching: true, ..Self::default() };
+                }
+                Action::Terminate | Action::Kill => {
+                    assert!(self.alive, "a signal to nobody");
+                    self.asked_to_end = true;
+                }
+                Action::Open | Action::Close | Action::Drain(_) => {}
+            }
+        }
+    }
+
+    /// What happens next; with `faults`, also what should not.
+    fn next(&mut self, faults: bool, dice: u64) -> Event {
+        let fault = faults && dice.is_multiple_of(5);
+        match (self.launching, self.alive) {
+            (true, _) => {
+                (self.launching, self.alive) = (false, !fault);
+                if fault { Event::LaunchFailed { message: "no".to_owned(), retry: true } } else { Event::Launched }
+            }
+            (false, true) if self.asked_to_end || fault => {
+                self.alive = false;
+                exit(0)
+            }
+            (false, true) if dice.is_multiple_of(2) => Event::Drained,
+            (false, true) => ok(),
+            (false, false) => Event::Tick,
+        }
+    }
+}
+
+#[test]
+fn a_thousand_rapid_starts_and_stops_end_as_asked() {
+    let policy = Policy { quick_ends_max: u32::MAX, ..policy() };
+    for seed in 0..20_u64 {
+        let (mut state, mut world, mut now) = (State::claimed(), World::default(), 0);
+        let mut dice = seed;
+        let mut roll = || {
+            // Knuth's linear congruential generator: the same cycles in every run.
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            dice >> 33
+        };
+        let mut take = |state: &mut State, world: &mut World, event: Event, pause: u64| {
+            now += pause;
+            let (next, actions) = state.clone().step(event, now, &policy, seed);
+            world.hear(&actions);
+            *state = next;
+        };
+        take(&mut state, &mut world, Event::Begin, 0);
+        for cycle in 0..1_000 {
+            take(&mut state, &mut world, Event::Want(cycle % 2 == 0), roll() % 50);
+            for _ in 0..roll() % 5 {
+                let event = world.next(true, roll());
+                take(&mut state, &mut world, event, roll() % 2_000);
+            }
+        }
+        for (wanted, phase) in [(false, Phase::Stopped), (true, Phase::Ready), (false, Phase::Stopped)] {
+            take(&mut state, &mut world, Event::Want(wanted), 0);
+            for _ in 0..40 {
+                let event = world.next(false, roll());
+                take(&mut state, &mut world, event, 40_000);
+            }
+            assert_eq!((state.phase, world.launching, world.alive), (phase, false, wanted), "seed {seed}");
+        }
+    }
+}
+
 fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Begin),

@@ -1,0 +1,56 @@
+//! Stands in for llama-server in tests: it serves `/health` and `/props` on its unix socket, and misbehaves as the variable
+//! `MISBEHAVE` says: `at-once` exits before it listens, `after-ready` exits after a few answers, `deaf` ignores SIGTERM,
+//! `parent` starts a child in a session of its own and writes its pid to `CHILD_FILE`.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test")]
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::net::UnixListener,
+    process::{Command, ExitCode},
+};
+
+/// Answers of `/health` after which `after-ready` ends: the first makes it ready.
+const ANSWERS: u32 = 3;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().collect();
+    if arguments.iter().any(|word| word == "--help") {
+        println!("--host HOST\n--metrics\n--model FNAME");
+        return ExitCode::SUCCESS;
+    }
+    let value = |flag: &str| arguments.iter().skip_while(|word| *word != flag).nth(1).expect("a value").clone();
+    let how = env::var("MISBEHAVE").unwrap_or_default();
+    println!("misbehaves: {how}");
+    match how.as_str() {
+        "at-once" => return ExitCode::from(3),
+        "deaf" => drover_shim::sys::ignore_signals(),
+        #[allow(clippy::zombie_processes, reason = "that it is left behind is the misbehaviour")]
+        "parent" => {
+            let child = Command::new("setsid").args(["sleep", "600"]).spawn().unwrap();
+            fs::write(env::var("CHILD_FILE").unwrap(), child.id().to_string()).unwrap();
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(value("--host")).unwrap();
+    let mut answers = 0;
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+        let first = lines.next().unwrap_or_default();
+        while lines.next().is_some_and(|line| !line.is_empty()) {}
+        let body = if first.contains("/props") {
+            format!("{{\"model_path\": \"{}\"}}", value("--model"))
+        } else {
+            "{\"status\": \"ok\"}".to_owned()
+        };
+        let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+        // Who asked may be gone.
+        let _ = stream.write_all(format!("{head}{body}").as_bytes());
+        answers += u32::from(first.contains("/health"));
+        if how == "after-ready" && answers >= ANSWERS {
+            return ExitCode::from(4);
+        }
+    }
+    ExitCode::SUCCESS
+}

@@ -13,7 +13,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-const FLEET: [&str; 10] = [
+const FLEET: [&str; 13] = [
     "ApplyDeployment",
     "GetDeployment",
     "ListDeployments",
@@ -24,6 +24,9 @@ const FLEET: [&str; 10] = [
     "ListNodes",
     "WatchEvents",
     "StreamLogs",
+    "ListProcesses",
+    "StopProcess",
+    "CleanupProcesses",
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

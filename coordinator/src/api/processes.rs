@@ -228,9 +228,11 @@ impl Processes {
             }
         };
         for result in &mut results {
-            if let Some(process) = &mut result.process {
-                node.clone_into(&mut process.node);
-            }
+            // Of one that has ended meanwhile the node knows no more than its name.
+            let same = |p: &&HostProcess| {
+                result.process.as_ref().is_some_and(|r| (r.pid, r.start_ticks) == (p.pid, p.start_ticks))
+            };
+            result.process = processes.iter().find(same).cloned().or_else(|| result.process.take());
             let (pid, owner) = result.process.as_ref().map_or((0, ""), |p| (p.pid, word(p.owner())));
             let (reason, severity) = match result.action() {
                 ProcessAction::Ended => ("ProcessEnded", Severity::Info),

@@ -99,3 +99,27 @@ fn from_a_damaged_spec() {
     std::io::Write::write_all(&mut File::create(&path).unwrap(), text.as_bytes()).unwrap();
     nothing_ran(&stage, 16, "damaged");
 }
+
+#[test]
+fn under_a_token_that_was_raised_while_the_child_was_held() {
+    let stage = Stage::new();
+    let mut spec = stage.shell("touch ran");
+    stage.write(&spec);
+    let marker = stage.root.path().join("fail-point");
+    let shim = std::process::Command::new(env!("CARGO_BIN_EXE_drover-shim"))
+        .arg(stage.directory.path())
+        .env(drover_shim::failpoint::VARIABLE, format!("start.recorded:pause:{}", marker.display()))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = i32::try_from(shim.id()).unwrap();
+    support::wait_for("the shim at its fail-point", || {
+        drover_shim::identity::stat(pid).is_ok_and(|s| s.state == 'T').then_some(())
+    });
+    spec.token = Token { generation: 1, revision: 11 };
+    stage.write(&spec);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGCONT).unwrap();
+    assert_eq!(shim.wait_with_output().unwrap().status.code(), Some(11));
+    wait_gone(stage.record().process.pid);
+    assert!(!stage.directory.path().join("ran").exists());
+}

@@ -17,7 +17,13 @@ const TELEMETRY_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The agent of one GPU host.
 #[derive(Debug, Parser)]
-#[command(name = "drover-agent", version = drover_proto::VERSION, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "drover-agent",
+    version = drover_proto::VERSION,
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  drover-agent --config /etc/drover/agent.toml         run the agent of this host\n  \
+                  drover-agent down --config /etc/drover/agent.toml    end what an ended agent has left running"
+)]
 struct Command {
     #[command(flatten)]
     flags: Flags,

@@ -8,6 +8,7 @@ use drover_proto::{
     v1::{self, InstanceState},
 };
 use prost_types::Timestamp;
+use std::sync::Arc;
 use tonic::{Code, Status};
 
 /// A deployment; `unplaced` says why some instance of it finds no node.
@@ -54,7 +55,19 @@ fn deployment_message(
         let why = snapshot.statuses.get(id).map(|s| s.value.message.clone()).unwrap_or_default();
         return format!("{id} failed: {why}");
     }
-    if ready < stored.replicas { format!("{ready} of {} ready", stored.replicas) } else { String::new() }
+    if ready >= stored.replicas {
+        return String::new();
+    }
+    // Why, only the leader has worked out; it has told it to everybody as an event.
+    let homeless = |(id, i): (&String, &Arc<Stored<record::Instance>>)| {
+        i.value.wanted && i.value.offer.is_none() && !snapshot.claims.contains_key(id)
+    };
+    let hint = if snapshot.instances_of(name).any(homeless) {
+        format!("; no node can take an instance: the events of deployment/{name} say why")
+    } else {
+        String::new()
+    };
+    format!("{ready} of {} ready{hint}", stored.replicas)
 }
 
 /// An instance.

@@ -11,7 +11,9 @@ use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_agent_cuts_no_stream_and_takes_its_server_back() -> anyhow::Result<()> {
-    let mut cluster = Cluster::start(Plan::default()).await?;
+    // The agent is back only after the stream; on a busy machine that takes longer than a session lives by default.
+    let plan = Plan { coordinator_toml: "session_ttl_ms = 120000\n".to_owned(), ..Plan::default() };
+    let mut cluster = Cluster::start(plan).await?;
     let mut spec = cluster.spec("tiny", 1);
     spec.context_tokens = Some(8192);
     let before = cluster.deploy(spec).await?.remove(0);

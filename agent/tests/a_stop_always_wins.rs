@@ -70,11 +70,13 @@ async fn over_an_agent_that_was_killed_meanwhile() {
 #[tokio::test(flavor = "multi_thread")]
 async fn but_requests_in_flight_are_answered_first() {
     let node = Node::start().await;
-    let ready = node.run("tiny-234567").await;
+    // An answer too large for the buffers on its way: it stays in flight until it is read here.
+    node.coordinator.offer("tiny-234567", DeploymentSpec { context_tokens: Some(8192), ..tiny() });
+    let ready = node.reported("tiny-234567", InstanceState::Ready).await;
     let addresses: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(node.path("ready.json")).unwrap()).unwrap();
     let mut stream = TcpStream::connect(addresses["proxy"].as_str().unwrap()).unwrap();
-    let body = r#"{"prompt": "once", "stream": true, "max_tokens": 400, "temperature": 0, "ignore_eos": true}"#;
+    let body = r#"{"prompt": "once", "stream": true, "max_tokens": 2500, "logprobs": 5, "temperature": 0, "ignore_eos": true}"#;
     write!(
         stream,
         "POST /i/tiny-234567/v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\

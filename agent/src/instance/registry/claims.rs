@@ -1,169 +1,21 @@
-//! All instances of this node: what runs, what is owned, and what follows when the set of claims changes.
-//!
-//! The set of claims is full and level-triggered: applying it twice, or a later one only, leads to the same end. What
-//! runs without a claim goes on running until it is told to end; what has no process and no claim is removed.
+//! What follows from claims: instances are begun, raised to a new token, told to stop, removed.
 
-use super::{
+use super::super::{
     adopt::{self, Left},
     board::Entry,
     claim::Claim,
-    context::Context,
-    handle::Handle,
     run,
-    state::Ended,
     supervisor::{self, Begin},
     trace,
 };
+use super::{Inner, Kind, Known, Registry, Unowned};
 use crate::clock;
-use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, RecordedRun, Severity, Token};
-use drover_shim::{
-    failpoint::{self, Step},
-    record::Directory,
-};
-use std::{collections::BTreeMap, fs, io, os::unix::fs::DirBuilderExt as _, sync::Arc};
-use tokio::sync::Mutex;
+use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim};
+use drover_shim::failpoint::{self, Step};
+use std::{fs, os::unix::fs::DirBuilderExt as _};
 use tracing::Span;
 
-/// A run of this node that no claim covers, and that it wants to claim again.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Unowned {
-    /// Id of the instance.
-    pub instance: String,
-    /// Token under which it is recorded.
-    pub token: Token,
-    /// Memory that it reserves, in bytes.
-    pub memory_bytes: i64,
-}
-
-/// What is here of an instance.
-#[derive(Debug)]
-enum Kind {
-    /// A supervisor.
-    Supervised(Handle),
-    /// Files only: its server has ended under an earlier agent. Started again when a claim says so.
-    Dormant(Box<Claim>, Option<Ended>),
-    /// It can't be told whether its server lives; looked at again each time.
-    Unknown(Box<Claim>),
-    /// Nothing, though it is claimed: it is not wanted, or could not be begun.
-    Nothing,
-}
-
-#[derive(Debug)]
-struct Known {
-    token: Token,
-    kind: Kind,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    known: BTreeMap<String, Known>,
-    /// Claims under way, with the memory that they would reserve.
-    claiming: BTreeMap<String, i64>,
-    /// The set of claims applied last, and the session that it came with.
-    latest: Option<(u64, ClaimSet)>,
-}
-
-/// The instances of this node.
-#[derive(Debug)]
-pub struct Registry {
-    context: Arc<Context>,
-    inner: Mutex<Inner>,
-}
-
 impl Registry {
-    /// Takes back what earlier agents left, then gives the proxy the routes to it.
-    pub async fn adopt(context: Arc<Context>) -> io::Result<Self> {
-        let mut known = BTreeMap::new();
-        for (claim, directory, left) in adopt::scan(&context).await? {
-            let (instance, token) = (claim.instance.clone(), claim.token);
-            let kind = match left {
-                Left::Living { run, ready } => {
-                    let pid = run.living.pid();
-                    tracing::info!(instance, pid, ready, %token, "a running server is taken back");
-                    let begin = Begin::Adopted { run, ready };
-                    let handle = supervisor::spawn(context.clone(), claim, directory, begin);
-                    failpoint::at(Step::AdoptAdopted);
-                    Kind::Supervised(handle)
-                }
-                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
-                Left::Unknown(why) => {
-                    context.events.tell(&instance, "IdentityUnknown", Severity::Warning, why);
-                    Kind::Unknown(Box::new(claim))
-                }
-            };
-            known.insert(instance, Known { token, kind });
-        }
-        context.routes.announce();
-        failpoint::at(Step::AdoptRouted);
-        Ok(Self { context, inner: Mutex::new(Inner { known, ..Inner::default() }) })
-    }
-
-    /// What all instances share.
-    #[must_use]
-    pub fn context(&self) -> &Arc<Context> {
-        &self.context
-    }
-
-    /// What runs, or may run, on this node.
-    pub async fn recorded_runs(&self) -> Vec<RecordedRun> {
-        self.runs(&*self.inner.lock().await)
-    }
-
-    /// As [`Registry::recorded_runs`], without waiting: `None` while instances are being looked through.
-    #[must_use]
-    pub fn recorded_runs_now(&self) -> Option<Vec<RecordedRun>> {
-        Some(self.runs(&*self.inner.try_lock().ok()?))
-    }
-
-    fn runs(&self, inner: &Inner) -> Vec<RecordedRun> {
-        let runs = inner.known.iter().filter_map(|(instance, known)| {
-            let entry = self.context.board.get(instance);
-            let (alive, memory_bytes) = match &known.kind {
-                Kind::Nothing => return None,
-                Kind::Dormant(claim, _) => (false, claim.memory_bytes),
-                Kind::Unknown(claim) => (true, claim.memory_bytes),
-                Kind::Supervised(_) => {
-                    entry.map_or((true, 0), |e| (e.pid != 0 || e.state == InstanceState::Starting, e.memory_bytes))
-                }
-            };
-            Some(RecordedRun { instance: instance.clone(), token: Some(known.token), alive, memory_bytes })
-        });
-        runs.collect()
-    }
-
-    /// Reserves room for a claim that is about to be made. `Err` says why there is none; an instance that is here
-    /// already, or being claimed, gives `Ok(false)`.
-    pub async fn reserve(&self, instance: &str, memory_bytes: i64) -> Result<bool, String> {
-        let mut inner = self.inner.lock().await;
-        if inner.known.contains_key(instance) || inner.claiming.contains_key(instance) {
-            return Ok(false);
-        }
-        let running: i64 = self.context.board.all().values().map(|entry| entry.memory_bytes).sum();
-        let used = inner.claiming.values().fold(running, |sum, bytes| sum.saturating_add(*bytes));
-        let capacity = self.context.memory_bytes();
-        if used.saturating_add(memory_bytes) > capacity {
-            return Err(format!(
-                "it needs {} MiB, and {} MiB of this node's {} MiB are reserved",
-                memory_bytes >> 20,
-                used >> 20,
-                capacity >> 20
-            ));
-        }
-        inner.claiming.insert(instance.to_owned(), memory_bytes);
-        Ok(true)
-    }
-
-    /// Marks a run that is about to be claimed again. False when that is under way already.
-    pub async fn reserve_again(&self, instance: &str) -> bool {
-        let mut inner = self.inner.lock().await;
-        inner.known.contains_key(instance) && inner.claiming.insert(instance.to_owned(), 0).is_none()
-    }
-
-    /// A claim was not made, or it is not known whether it was: the next set of claims tells.
-    pub async fn release(&self, instance: &str) {
-        self.inner.lock().await.claiming.remove(instance);
-    }
-
     /// A claim was made: starts the instance, or raises the token of the run that is here. A set of claims that was read
     /// later and applied before this answer was heard knows better: a stop wins over a start in flight, and a claim that
     /// is gone starts nothing.
@@ -388,10 +240,6 @@ impl Registry {
             memory_bytes: 0,
         };
         self.context.board.set(&claim.instance, entry);
-    }
-
-    fn directory(&self, instance: &str) -> Directory {
-        Directory::new(self.context.settings.instances_dir().join(instance))
     }
 }
 

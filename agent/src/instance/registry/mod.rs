@@ -1,0 +1,99 @@
+//! All instances of this node: what runs, what is owned, and what follows when the set of claims changes.
+//!
+//! The set of claims is full and level-triggered: applying it twice, or a later one only, leads to the same end. What
+//! runs without a claim goes on running until it is told to end; what has no process and no claim is removed.
+
+mod claims;
+mod runs;
+
+pub use runs::Unowned;
+
+use super::{
+    adopt::{self, Left},
+    claim::Claim,
+    context::Context,
+    handle::Handle,
+    state::Ended,
+    supervisor::{self, Begin},
+};
+use drover_proto::v1::{ClaimSet, Severity, Token};
+use drover_shim::{
+    failpoint::{self, Step},
+    record::Directory,
+};
+use std::{collections::BTreeMap, io, sync::Arc};
+use tokio::sync::Mutex;
+
+/// What is here of an instance.
+#[derive(Debug)]
+enum Kind {
+    /// A supervisor.
+    Supervised(Handle),
+    /// Files only: its server has ended under an earlier agent. Started again when a claim says so.
+    Dormant(Box<Claim>, Option<Ended>),
+    /// It can't be told whether its server lives; looked at again each time.
+    Unknown(Box<Claim>),
+    /// Nothing, though it is claimed: it is not wanted, or could not be begun.
+    Nothing,
+}
+
+#[derive(Debug)]
+struct Known {
+    token: Token,
+    kind: Kind,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    known: BTreeMap<String, Known>,
+    /// Claims under way, with the memory that they would reserve.
+    claiming: BTreeMap<String, i64>,
+    /// The set of claims applied last, and the session that it came with.
+    latest: Option<(u64, ClaimSet)>,
+}
+
+/// The instances of this node.
+#[derive(Debug)]
+pub struct Registry {
+    context: Arc<Context>,
+    inner: Mutex<Inner>,
+}
+
+impl Registry {
+    /// Takes back what earlier agents left, then gives the proxy the routes to it.
+    pub async fn adopt(context: Arc<Context>) -> io::Result<Self> {
+        let mut known = BTreeMap::new();
+        for (claim, directory, left) in adopt::scan(&context).await? {
+            let (instance, token) = (claim.instance.clone(), claim.token);
+            let kind = match left {
+                Left::Living { run, ready } => {
+                    let pid = run.living.pid();
+                    tracing::info!(instance, pid, ready, %token, "a running server is taken back");
+                    let begin = Begin::Adopted { run, ready };
+                    let handle = supervisor::spawn(context.clone(), claim, directory, begin);
+                    failpoint::at(Step::AdoptAdopted);
+                    Kind::Supervised(handle)
+                }
+                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
+                Left::Unknown(why) => {
+                    context.events.tell(&instance, "IdentityUnknown", Severity::Warning, why);
+                    Kind::Unknown(Box::new(claim))
+                }
+            };
+            known.insert(instance, Known { token, kind });
+        }
+        context.routes.announce();
+        failpoint::at(Step::AdoptRouted);
+        Ok(Self { context, inner: Mutex::new(Inner { known, ..Inner::default() }) })
+    }
+
+    /// What all instances share.
+    #[must_use]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    fn directory(&self, instance: &str) -> Directory {
+        Directory::new(self.context.settings.instances_dir().join(instance))
+    }
+}

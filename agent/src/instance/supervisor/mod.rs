@@ -1,0 +1,238 @@
+//! One instance: feeds what happens to the state machine and does what that says.
+//!
+//! Owns the instance's directory, its process while there is one, its probes and its entry on the board. Decides nothing
+//! itself; the registry talks to it through a [`Handle`].
+
+mod keep;
+mod tasks;
+mod tell;
+
+use super::{
+    claim::Claim,
+    context::Context,
+    handle::{Command, Handle},
+    run::{self, Run, now_ms},
+    state::{Action, Event, Phase, Policy, Process, State},
+    trace::{self, Spans},
+};
+use crate::{clock, host::processes::Living};
+use drover_proto::v1::{Severity, Token};
+use drover_shim::{
+    failpoint::{self, Step},
+    record::{Directory, Record},
+};
+use prost_types::Timestamp;
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
+use tracing::{Instrument as _, Span, info_span};
+
+/// How an instance begins under this agent.
+#[derive(Debug)]
+pub enum Begin {
+    /// Claimed now. The span covers it from the offer on.
+    Claimed(Span),
+    /// Its process was found alive; `ready` when it was seen to answer for the right model.
+    Adopted {
+        /// The process and its record.
+        run: Run,
+        /// Whether it answers.
+        ready: bool,
+    },
+    /// Its process had ended.
+    Ended(super::state::Ended),
+    /// It had failed for good.
+    Failed(String),
+}
+
+/// What the supervisor's own tasks tell it.
+enum Message {
+    Launched(Result<Run, run::Failed>),
+    Event(Event),
+}
+
+struct Supervisor {
+    context: Arc<Context>,
+    claim: Claim,
+    directory: Directory,
+    socket: PathBuf,
+    policy: Policy,
+    state: State,
+    since: Timestamp,
+    spans: Spans,
+    run: Option<(Arc<Living>, Record)>,
+    /// Tasks of the present run; ended with it.
+    tasks: JoinSet<()>,
+    /// Which run a message is about: those of an earlier one are void.
+    number: u64,
+    messages: mpsc::Sender<(u64, Message)>,
+    /// Whether the probes are to be quick, as while the model loads.
+    loading: watch::Sender<bool>,
+    raises: Vec<(Token, oneshot::Sender<bool>)>,
+}
+
+/// Starts the supervisor of an instance whose directory exists. Must be called on the agent's main runtime.
+pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: Begin) -> Handle {
+    let (commands, inbox) = mpsc::channel(32);
+    let (messages, outcomes) = mpsc::channel(32);
+    let policy = context.policy(&claim.spec);
+    let socket = context.settings.socket_of(&claim.instance);
+    let (state, spans, run) = match begin {
+        Begin::Claimed(span) => (State::claimed(), Spans::of(span), None),
+        Begin::Adopted { run, ready } => {
+            let state = State::adopted(ready, claim.restarts, now_ms(), &policy);
+            (state, Spans::default(), Some((run.living, run.record)))
+        }
+        Begin::Ended(ended) => (State::ended(ended, claim.restarts, now_ms()), Spans::default(), None),
+        Begin::Failed(message) => (State::failed(message, claim.restarts), Spans::default(), None),
+    };
+    // What an earlier agent has seen begin did not begin now.
+    let since = claim.since.filter(|(before, _)| *before == state.reported()).map_or_else(clock::now, |(_, at)| at);
+    let supervisor = Supervisor {
+        context,
+        claim,
+        directory,
+        socket,
+        policy,
+        state,
+        since,
+        spans,
+        run,
+        tasks: JoinSet::new(),
+        number: 0,
+        messages,
+        loading: watch::Sender::new(true),
+        raises: Vec::new(),
+    };
+    // Before anybody can look: an instance is never missing from the board between two sets of claims.
+    supervisor.publish();
+    supervisor.context.routes.prepare(supervisor.route());
+    let span = info_span!(target: "instance", "instance", id = supervisor.claim.instance);
+    tokio::spawn(supervisor.serve(inbox, outcomes).instrument(span));
+    Handle(commands)
+}
+
+impl Supervisor {
+    async fn serve(mut self, mut commands: mpsc::Receiver<Command>, mut outcomes: mpsc::Receiver<(u64, Message)>) {
+        self.context.routes.set(self.route()).await;
+        if self.run.is_some() {
+            self.watch();
+        }
+        self.take(Event::Begin).await;
+        loop {
+            let now = now_ms();
+            let pause = self.state.deadline_ms.map(|due| Duration::from_millis(due.saturating_sub(now)));
+            tokio::select! {
+                command = commands.recv() => match command {
+                    // The agent ends: processes live on, and are found again by the next one.
+                    None => return,
+                    Some(Command::Want(wanted, traceparent)) => {
+                        if wanted != self.state.wanted {
+                            if !wanted {
+                                self.spans.begin(trace::stop(&self.claim.instance, &traceparent));
+                            }
+                            self.take(Event::Want(wanted)).await;
+                        }
+                    }
+                    Some(Command::Restore(claim)) => self.restore(*claim),
+                    Some(Command::Raise(token, answer)) => {
+                        self.raises.push((token, answer));
+                        self.settle_raises().await;
+                    }
+                    Some(Command::Discard(answer)) => {
+                        let possible = self.state.process == Process::None && self.discard().await;
+                        let _ = answer.send(possible);
+                        if possible {
+                            return;
+                        }
+                    }
+                },
+                Some((number, message)) = outcomes.recv() => {
+                    if number == self.number {
+                        self.hear(message).await;
+                    }
+                }
+                () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => self.take(Event::Tick).await,
+            }
+        }
+    }
+
+    async fn hear(&mut self, message: Message) {
+        match message {
+            Message::Event(event) => {
+                if matches!(event, Event::Ended(_)) {
+                    failpoint::at(Step::StopSettled);
+                    self.run = None;
+                    self.tasks = JoinSet::new();
+                }
+                self.take(event).await;
+            }
+            Message::Launched(Ok(run)) => {
+                self.run = Some((run.living, run.record));
+                self.take(Event::Launched).await;
+                self.watch();
+                self.settle_raises().await;
+            }
+            Message::Launched(Err(failed)) => {
+                self.take(Event::LaunchFailed { message: failed.message, retry: failed.retry }).await;
+                self.settle_raises().await;
+            }
+        }
+    }
+
+    async fn take(&mut self, event: Event) {
+        let before = self.state.clone();
+        let (state, actions) = self.state.clone().step(event, now_ms(), &self.policy, rand::random());
+        self.state = state;
+        if before.phase != self.state.phase {
+            self.since = clock::now();
+            self.trace(before.phase);
+            let why = if self.state.message.is_empty() { String::new() } else { format!(": {}", self.state.message) };
+            tracing::info!(from = ?before.phase, pid = self.pid(), token = %self.claim.token, "{:?}{why}", self.state.phase);
+            self.keep();
+        }
+        // A route is in force before its consequence is told: who hears "ready" may send requests at once.
+        for action in actions {
+            self.act(action).await;
+        }
+        self.loading.send_if_modified(|loading| {
+            let now = matches!(self.state.phase, Phase::Starting | Phase::Loading);
+            std::mem::replace(loading, now) != now
+        });
+        self.publish();
+    }
+
+    async fn act(&mut self, action: Action) {
+        match action {
+            Action::Launch => self.launch(),
+            Action::Open | Action::Close => {
+                self.context.routes.set(self.route()).await;
+                if action == Action::Open {
+                    failpoint::at(Step::StartRouted);
+                }
+            }
+            Action::Drain(ms) => {
+                failpoint::at(Step::StopRouteDraining);
+                let (context, instance) = (self.context.clone(), self.claim.instance.clone());
+                self.task(self.spans.current(), async move {
+                    if !context.routes.wait_drained(&instance, Duration::from_millis(ms)).await {
+                        tracing::warn!(instance, "requests were still in flight at the end of drain_timeout_ms = {ms}");
+                    }
+                    failpoint::at(Step::StopDrained);
+                    Event::Drained
+                });
+            }
+            Action::Terminate | Action::Kill => {
+                let Some((living, _)) = &self.run else { return };
+                let done = if action == Action::Kill { living.kill_session() } else { living.terminate() };
+                failpoint::at(Step::StopSigtermSent);
+                if let Err(error) = done {
+                    let message = format!("pid {} can't be signalled: {error}", living.pid());
+                    self.context.events.tell(&self.claim.instance, "SignalFailed", Severity::Error, message);
+                }
+            }
+        }
+    }
+}

@@ -81,6 +81,19 @@ pub struct Places {
     pub runtime_dir: PathBuf,
 }
 
+/// Where things lie, for a look that changes nothing.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Folder for everything that must survive a restart; it exists.
+    pub state_dir: PathBuf,
+    /// Folder for sockets, which may not exist.
+    pub runtime_dir: PathBuf,
+    /// The llama-server that would be run, if one is configured and there.
+    pub llama_server: Option<PathBuf>,
+    /// File with the join secret.
+    pub join_secret_file: Option<PathBuf>,
+}
+
 impl Flags {
     fn file(&self) -> anyhow::Result<File> {
         Ok(config::load(self.config.as_deref())?)
@@ -89,6 +102,27 @@ impl Flags {
     /// The folders. They are made if they are not there.
     pub fn places(&self) -> anyhow::Result<Places> {
         places(self, &self.file()?)
+    }
+
+    /// The places to look at. Makes nothing, and leaves what only a running agent needs unchecked.
+    pub fn view(&self) -> anyhow::Result<View> {
+        let file = self.file()?;
+        let given = self.state_dir.clone().or(file.state_dir);
+        let given = given.context("state_dir is not set: name the agent's state folder, or its --config")?;
+        let state_dir = fs::canonicalize(&given).with_context(|| format!("state_dir = {}", given.display()))?;
+        ensure!(state_dir.is_dir(), "state_dir = {}: is no folder", given.display());
+        let runtime_dir = self.runtime_dir.clone().or(file.runtime_dir).unwrap_or_else(|| state_dir.join("run"));
+        Ok(View {
+            runtime_dir: fs::canonicalize(&runtime_dir).unwrap_or(runtime_dir),
+            llama_server: self
+                .llama_server
+                .clone()
+                .or(file.llama_server)
+                .or_else(|| on_path("llama-server"))
+                .and_then(|path| fs::canonicalize(path).ok()),
+            join_secret_file: self.join_secret_file.clone().or(file.join_secret_file),
+            state_dir,
+        })
     }
 
     /// The whole configuration, checked.

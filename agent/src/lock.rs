@@ -1,4 +1,5 @@
-//! One agent for each state directory: an exclusive lock on a file in it, held for as long as the agent lives.
+//! One agent for each state directory: an exclusive lock on a file in it, held for as long as the agent lives. And who
+//! holds such a lock, told without taking it.
 
 use anyhow::{Context as _, bail};
 use nix::{
@@ -6,10 +7,10 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 use std::{
-    fs::{File, OpenOptions},
-    io::{Read as _, Seek as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -17,11 +18,17 @@ use std::{
 #[derive(Debug)]
 pub struct Lock(#[allow(dead_code, reason = "the lock lasts as long as the file is open")] Flock<File>);
 
+/// The file that is locked.
+#[must_use]
+pub fn path(state_dir: &Path) -> PathBuf {
+    state_dir.join("lock")
+}
+
 /// Takes the lock; waits for at most `patience` for an agent that is about to end.
 pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> {
     let deadline = tokio::time::Instant::now() + patience;
     loop {
-        let path = state_dir.join("lock");
+        let path = path(state_dir);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -53,15 +60,84 @@ pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> 
     }
 }
 
+/// Who holds an exclusive lock on a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// Nobody; nor is the file there, perhaps.
+    Nobody,
+    /// This process.
+    Process(i32),
+    /// It can't be told; says why.
+    Unknown(String),
+}
+
+/// Finds out who holds the lock on a file. Takes no lock, not for a moment: the kernel's list is read.
+#[must_use]
+pub fn holder(path: &Path) -> Holder {
+    let file = match fs::metadata(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Holder::Nobody,
+        Err(error) => return Holder::Unknown(format!("{}: {error}", path.display())),
+    };
+    let locks = match fs::read_to_string("/proc/locks") {
+        Ok(locks) => locks,
+        Err(error) => return Holder::Unknown(format!("/proc/locks: {error}")),
+    };
+    let mut hidden = Holder::Nobody;
+    for pid in locks.lines().filter_map(|line| flock_of(line, file.ino())) {
+        // The device of the list is not always the one that files show: what the process has open decides.
+        match has_open(pid, &file) {
+            Ok(true) => return Holder::Process(pid),
+            Ok(false) => {}
+            Err(error) => hidden = Holder::Unknown(format!("the open files of pid {pid}: {error}")),
+        }
+    }
+    hidden
+}
+
+/// The process of a line of /proc/locks about an exclusive lock of the whole file with this inode:
+/// `1: FLOCK  ADVISORY  WRITE 4711 fe:00:753934 0 EOF`.
+fn flock_of(line: &str, inode: u64) -> Option<i32> {
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let [_, "FLOCK", _, "WRITE", pid, place, ..] = words[..] else { return None };
+    let found: u64 = place.rsplit_once(':')?.1.parse().ok()?;
+    if found == inode { pid.parse().ok() } else { None }
+}
+
+fn has_open(pid: i32, file: &fs::Metadata) -> io::Result<bool> {
+    let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    let same = |open: fs::Metadata| open.ino() == file.ino() && open.dev() == file.dev();
+    Ok(entries.flatten().any(|entry| fs::metadata(entry.path()).is_ok_and(same)))
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_holds_a_lock_is_told_without_taking_it() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("lock");
+        assert_eq!(holder(&path), Holder::Nobody);
+        let lock = take(place.path(), Duration::ZERO).await.unwrap();
+        assert_eq!(holder(&path), Holder::Process(std::process::id().cast_signed()));
+        drop(lock);
+        assert_eq!(holder(&path), Holder::Nobody);
+        let shared = "2: FLOCK  ADVISORY  READ 28337 fe:00:7 0 EOF";
+        assert_eq!((flock_of(shared, 7), flock_of(&shared.replace("READ", "WRITE"), 7)), (None, Some(28337)));
+        assert_eq!(flock_of("3: -> FLOCK  ADVISORY  WRITE 5 fe:00:7 0 EOF", 7), None, "one who waits for it");
+    }
+
     #[tokio::test]
     async fn a_second_agent_is_refused_and_told_the_first_one_s_pid() {
         let place = tempfile::tempdir().unwrap();
-        let first = super::take(place.path(), std::time::Duration::ZERO).await.unwrap();
-        let error = super::take(place.path(), std::time::Duration::ZERO).await.unwrap_err().to_string();
+        let first = take(place.path(), Duration::ZERO).await.unwrap();
+        let error = take(place.path(), Duration::ZERO).await.unwrap_err().to_string();
         assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
         drop(first);
-        super::take(place.path(), std::time::Duration::ZERO).await.unwrap();
+        take(place.path(), Duration::ZERO).await.unwrap();
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use drover_agent::{config::Flags, down, proxy, serve::Agent};
+use drover_agent::{check, config::Flags, down, proxy, serve::Agent};
 use drover_proto::transport::Target;
 use std::{io::Write as _, process::ExitCode, sync::Arc, time::Duration};
 use tokio::{
@@ -22,7 +22,8 @@ const TELEMETRY_DEADLINE: Duration = Duration::from_secs(2);
     version = drover_proto::VERSION,
     args_conflicts_with_subcommands = true,
     after_help = "Examples:\n  drover-agent --config /etc/drover/agent.toml         run the agent of this host\n  \
-                  drover-agent down --config /etc/drover/agent.toml    end what an ended agent has left running"
+                  drover-agent down --config /etc/drover/agent.toml    end what an ended agent has left running\n  \
+                  drover-agent check --config /etc/drover/agent.toml   tell the state of its files"
 )]
 struct Command {
     #[command(flatten)]
@@ -40,6 +41,13 @@ enum Sub {
     Proxy(proxy::Args),
     /// End everything that the agent of this state folder has left running: servers, shims, proxy.
     Down(Box<Flags>),
+    /// Tell the state of this node's files, and of the processes that they name, without changing anything.
+    ///
+    /// Exits with 0 when all is well, with 1 when something is damaged or does not fit together, and with 2 when the state
+    /// folder is not named or not there. Works beside a running agent and on a file system that is mounted read-only.
+    #[command(after_help = "Examples:\n  drover-agent check --config /etc/drover/agent.toml\n  \
+                            drover-agent check --state-dir /var/lib/drover --output json")]
+    Check(Box<check::Args>),
     /// Print the version.
     Version,
 }
@@ -56,6 +64,7 @@ fn main() -> ExitCode {
         Err(error) => return failed(&anyhow::Error::new(error).context("runtime")),
     };
     let result = match command.subcommand {
+        Some(Sub::Check(arguments)) => return runtime.block_on(check::run(*arguments)),
         None => runtime.block_on(run(command.flags)),
         Some(Sub::Run(flags)) => runtime.block_on(run(*flags)),
         Some(Sub::Proxy(arguments)) => runtime.block_on(proxy::run(arguments)),

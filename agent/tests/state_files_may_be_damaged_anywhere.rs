@@ -12,8 +12,11 @@ use drover_shim::{
     durable,
     record::{Directory, Exit, Record, Spec},
 };
-use std::{fs, path::Path};
-use support::{Node, wait_for};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+use support::{Node, check::check, wait_for};
 
 const ID: &str = "tiny-234567";
 /// Seeds of the damage done to files alone, and to those of a running server.
@@ -122,11 +125,22 @@ async fn under_a_server_that_runs() {
             let path = node.path("state").join(name);
             // A spec that was lost is written anew with the next start only.
             let Ok(mut bytes) = fs::read(&path) else { continue };
+            let good = bytes.clone();
             damage(&mut bytes, &mut dice);
-            fs::write(&path, bytes).unwrap();
-            damaged.push(name);
+            if bytes != good {
+                fs::write(&path, bytes).unwrap();
+                damaged.push(name);
+            }
         }
         let what = format!("seed {seed}, damaged {damaged:?}");
+        let (code, report) = check(&node);
+        let findings = report["findings"].as_array().unwrap().iter().filter(|finding| finding["severity"] == "damaged");
+        let mut named: Vec<_> = findings.map(|finding| PathBuf::from(finding["about"].as_str().unwrap())).collect();
+        let mut expected: Vec<_> = damaged.iter().map(|name| node.path("state").join(name)).collect();
+        named.sort();
+        expected.sort();
+        assert_eq!(named, expected, "{what}: {report:#}");
+        assert!(code == 1 || damaged.is_empty(), "{what}: {report:#}");
         let before = node.coordinator.state().reports.len();
         node.start_agent().await;
         let report = wait_for(&what, || {

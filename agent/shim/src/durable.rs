@@ -80,7 +80,7 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io(io::Error::other("names no file")));
     };
-    let temporary = directory.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
+    let temporary = directory.join(temporary(&name.to_string_lossy(), std::process::id()));
     let content = format!("{body}\n{}\n", checksum(body.as_bytes()));
     let written = (|| {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
@@ -94,6 +94,38 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
         let _ = fs::remove_file(&temporary);
     }
     written.map_err(io)
+}
+
+/// A file that a write has left behind which did not come to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    /// The file.
+    pub path: PathBuf,
+    /// Process that wrote it.
+    pub writer: i32,
+}
+
+/// What writes have left behind in a directory. A write that is under way shows here too.
+pub fn leftovers(directory: &Path) -> io::Result<Vec<Leftover>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if let Some(writer) = entry.file_name().to_str().and_then(writer) {
+            found.push(Leftover { path: entry.path(), writer });
+        }
+    }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
+}
+
+fn temporary(name: &str, writer: u32) -> String {
+    format!(".{name}.{writer}.tmp")
+}
+
+/// Who wrote the temporary file of this name.
+fn writer(name: &str) -> Option<i32> {
+    let (file, pid) = name.strip_prefix('.')?.strip_suffix(".tmp")?.rsplit_once('.')?;
+    pid.parse().ok().filter(|pid| *pid > 0 && !file.is_empty())
 }
 
 fn checksum(bytes: &[u8]) -> String {
@@ -124,6 +156,17 @@ mod tests {
             put(&good[..length]);
             assert!(read::<Vec<u32>>(&path).unwrap_err().is_damage(), "cut to {length}");
         }
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_known_by_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["value", ".value.tmp", ".value.x.tmp", "value.7.tmp", "..8.tmp", ".value.0.tmp"] {
+            File::create(directory.path().join(name)).unwrap();
+        }
+        let left = directory.path().join(temporary("value", 4711));
+        File::create(&left).unwrap();
+        assert_eq!(leftovers(directory.path()).unwrap(), [Leftover { path: left, writer: 4711 }]);
     }
 
     #[test]

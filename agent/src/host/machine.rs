@@ -2,17 +2,37 @@
 
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// Identity of the machine: a hash of /etc/machine-id, since that file asks not to be shown to others. On a machine
 /// without one, of a random id kept in the state directory.
 pub fn id(state_dir: &Path) -> anyhow::Result<String> {
-    let secret = match fs::read_to_string("/etc/machine-id") {
-        Ok(text) if !text.trim().is_empty() => text.trim().to_owned(),
-        _ => kept(&state_dir.join("machine-id"))?,
+    let secret = match own_id() {
+        Some(id) => id,
+        None => kept(&path(state_dir))?,
     };
     let hash = Sha256::digest(format!("drover machine {secret}").as_bytes());
     Ok(hash[..16].iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// File that keeps the identity of a machine without one.
+#[must_use]
+pub fn path(state_dir: &Path) -> PathBuf {
+    state_dir.join("machine-id")
+}
+
+/// Whether the machine has an identity of its own.
+#[must_use]
+pub fn has_own_id() -> bool {
+    own_id().is_some()
+}
+
+fn own_id() -> Option<String> {
+    let text = fs::read_to_string("/etc/machine-id").ok()?;
+    Some(text.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
 fn kept(path: &Path) -> anyhow::Result<String> {

@@ -9,17 +9,15 @@ use super::{
     health,
     run::{self, Run},
     state::Ended,
+    traces::{self, Traces},
 };
 use crate::host::processes::{self, Found};
-use drover_proto::{
-    ids,
-    v1::{DeploymentSpec, Severity},
-};
+use drover_proto::{ids, v1::Severity};
 use drover_shim::{
     Refusal, durable,
     failpoint::{self, Step},
-    identity::{self, Process},
-    record::{Directory, FORMAT, Record, Spec, Stage, Token},
+    identity,
+    record::Directory,
     start,
 };
 use std::{
@@ -46,6 +44,7 @@ pub enum Left {
 
 /// The claims and runs that earlier agents left.
 pub async fn scan(context: &Arc<Context>) -> io::Result<Vec<(Claim, Directory, Left)>> {
+    collect_leftovers(&context.settings.state_dir);
     let mut names = Vec::new();
     for entry in fs::read_dir(context.settings.instances_dir())? {
         match entry?.file_name().into_string() {
@@ -54,29 +53,56 @@ pub async fn scan(context: &Arc<Context>) -> io::Result<Vec<(Claim, Directory, L
         }
     }
     names.sort();
+    for name in &names {
+        collect_leftovers(&context.settings.instances_dir().join(name));
+    }
     // Each look waits for an answer of a server at most as long as a probe may take: all at the same time.
     let looks = names.into_iter().map(|name| look(context.clone(), name));
     Ok(futures::future::join_all(looks).await)
 }
 
-/// Looks at one instance.
-pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory, Left) {
-    let directory = Directory::new(context.settings.instances_dir().join(&instance));
-    let spec: Option<Spec> = read(&context, &instance, &directory.spec());
-    let mut record: Option<Record> = read(&context, &instance, &directory.record());
-    if record.is_none() {
-        // The highest token that is left on disk: a lower one would let an overtaken start begin.
-        let claimed = Claim::read(directory.path()).ok().map(|claim| super::claim::stored_token(claim.token));
-        let token = spec.as_ref().map(|spec| spec.token).max(claimed);
-        record = rebuild(&context, &instance, token);
-        if let Some(record) = &record
-            && let Err(error) = durable::write(&directory.record(), record)
-        {
-            tracing::error!(instance, %error, "the rebuilt record is not on disk");
+/// Removes what writers that were killed in the middle of a write have left in a directory.
+fn collect_leftovers(directory: &Path) {
+    for leftover in durable::leftovers(directory).unwrap_or_default() {
+        if is_writing(leftover.writer) {
+            continue;
+        }
+        match fs::remove_file(&leftover.path) {
+            Ok(()) => {
+                tracing::info!(path = %leftover.path.display(), "the rest of a write that was cut off is removed")
+            }
+            Err(error) => tracing::warn!(path = %leftover.path.display(), %error, "it can't be removed"),
         }
     }
+}
+
+/// Whether the writer of a temporary file may be at work still. This program writes nothing before it has looked at what
+/// others left, so one with its pid was another's.
+#[must_use]
+pub fn is_writing(writer: i32) -> bool {
+    writer.cast_unsigned() != std::process::id()
+        && !identity::stat(writer).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// Looks at one instance.
+pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory, Left) {
+    let settings = &context.settings;
+    let traces = Traces::read(&settings.instances_dir(), &instance);
+    for (path, error) in traces.unusable() {
+        aside(&context, &instance, &path, error);
+    }
+    let directory = traces.directory.clone();
+    let record = traces.record.as_ref().ok().cloned().or_else(|| {
+        let record = traces.rebuilt(&settings.socket_of(&instance), &settings.llama_server, &settings.shim)?;
+        let pid = record.process.pid;
+        tracing::warn!(instance, pid, "the record was lost; it is rebuilt from the process that serves its socket");
+        if let Err(error) = durable::write(&directory.record(), &record) {
+            tracing::error!(instance, %error, "the rebuilt record is not on disk");
+        }
+        Some(record)
+    });
     failpoint::at(Step::AdoptRead);
-    let claim = claim(&context, &instance, &directory, spec.as_ref(), record.as_ref());
+    let claim = traces.claim(record.as_ref());
     let left = match record {
         None => Left::Ended(None),
         Some(record) => match processes::find(&record) {
@@ -98,9 +124,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
 }
 
 async fn ready(instance: &str, run: &Run) -> bool {
-    let model = run.record.arguments.iter().skip_while(|word| *word != "--model").nth(1);
-    let model = PathBuf::from(model.map(String::as_str).unwrap_or_default());
-    match health::answers(&run.record.socket, &model).await {
+    match health::answers(&run.record.socket, &traces::model(&run.record)).await {
         Ok(ready) => ready,
         Err(what) => {
             tracing::warn!(instance, pid = run.record.process.pid, "the adopted server gets no requests yet: {what}");
@@ -109,18 +133,7 @@ async fn ready(instance: &str, run: &Run) -> bool {
     }
 }
 
-/// Reads a file of an instance; a damaged one is set aside and named.
-fn read<T: serde::de::DeserializeOwned>(context: &Context, instance: &str, path: &Path) -> Option<T> {
-    match durable::read(path) {
-        Ok(value) => Some(value),
-        Err(durable::Error::Missing(_)) => None,
-        Err(error) => {
-            aside(context, instance, path, &error);
-            None
-        }
-    }
-}
-
+/// Sets a file that can't be used aside, if its content is at fault, and names it.
 fn aside(context: &Context, instance: &str, path: &Path, error: &durable::Error) {
     let place = if error.is_damage() { set_aside(context, instance, path) } else { None };
     let place =
@@ -135,71 +148,6 @@ fn set_aside(context: &Context, instance: &str, path: &Path) -> Option<PathBuf> 
     let name = path.file_name()?.to_string_lossy();
     let to = folder.join(format!("{instance}-{name}-{}", run::now_ms()));
     fs::rename(path, &to).ok().map(|()| to)
-}
-
-fn claim(
-    context: &Context,
-    instance: &str,
-    directory: &Directory,
-    spec: Option<&Spec>,
-    record: Option<&Record>,
-) -> Claim {
-    let stored = match Claim::read(directory.path()) {
-        Ok(claim) => Some(claim),
-        Err(durable::Error::Missing(_)) => None,
-        Err(error) => {
-            aside(context, instance, &directory.path().join("claim"), &error);
-            None
-        }
-    };
-    // What is missing comes back with the set of claims; until then the run is known by what else is on disk.
-    let tokens = [spec.map(|s| s.token), record.map(|r| r.token)].into_iter().flatten().map(super::claim::token);
-    let mut claim = stored.unwrap_or_else(|| Claim {
-        instance: instance.to_owned(),
-        token: Default::default(),
-        spec: DeploymentSpec {
-            name: instance.rsplit_once('-').map_or(instance, |(name, _)| name).to_owned(),
-            ..DeploymentSpec::default()
-        },
-        revision: 0,
-        memory_bytes: 0,
-        restarts: 0,
-        failed: None,
-        since: None,
-    });
-    claim.token = tokens.fold(claim.token, Ord::max);
-    claim
-}
-
-/// Looks for a server whose record is lost: only a program of ours listens on the socket that belongs to this instance.
-fn rebuild(context: &Context, instance: &str, token: Option<Token>) -> Option<Record> {
-    let socket = context.settings.socket_of(instance);
-    let name = socket.to_str()?;
-    for entry in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
-        let words: Vec<String> = line.split(|&b| b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
-        let listens = words.windows(2).any(|pair| pair[0] == "--host" && pair[1] == name);
-        let (Ok(stat), Ok(executable)) = (identity::stat(pid), identity::executable(pid)) else { continue };
-        let ours = fs::canonicalize(&context.settings.llama_server).is_ok_and(|real| real == executable);
-        if !listens || !ours || stat.state == 'Z' {
-            continue;
-        }
-        tracing::warn!(instance, pid, "the record was lost; it is rebuilt from the process that serves its socket");
-        let end = words.len().saturating_sub(1);
-        return Some(Record {
-            format: FORMAT,
-            instance: instance.to_owned(),
-            token: token.unwrap_or(Token { generation: 0, revision: 0 }),
-            stage: Stage::Released,
-            process: Process { boot_id: context.boot_id.clone(), pid, start_ticks: stat.start_ticks, executable },
-            shim: context.settings.shim.clone(),
-            arguments: words.get(1..end).unwrap_or_default().to_vec(),
-            socket,
-            started_at_ms: 0,
-        });
-    }
-    None
 }
 
 /// Removes the directory and the socket of an instance that has no process. False, and nothing is removed, while a shim

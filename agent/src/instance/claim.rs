@@ -7,7 +7,7 @@ use drover_shim::{durable, record};
 use prost::Message as _;
 use prost_types::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Name of the file.
 const FILE_NAME: &str = "claim";
@@ -50,6 +50,12 @@ struct Stored {
     since: Option<(i32, i64, i32)>,
 }
 
+/// The file, in an instance's directory.
+#[must_use]
+pub fn path(directory: &Path) -> PathBuf {
+    directory.join(FILE_NAME)
+}
+
 /// The contract's token as the shim keeps it.
 #[must_use]
 pub fn stored_token(token: Token) -> record::Token {
@@ -71,7 +77,7 @@ impl Claim {
 
     /// Reads the claim of an instance's directory.
     pub fn read(directory: &Path) -> Result<Self, durable::Error> {
-        let path = directory.join(FILE_NAME);
+        let path = path(directory);
         let stored: Stored = durable::read(&path)?;
         let damaged = |what: String| durable::Error::Damaged { path: path.clone(), what };
         let bytes = unhex(&stored.spec).ok_or_else(|| damaged("its spec is not hexadecimal".to_owned()))?;
@@ -103,7 +109,7 @@ impl Claim {
             failed: self.failed.clone(),
             since: self.since.map(|(state, at)| (state.into(), at.seconds, at.nanos)),
         };
-        durable::write(&directory.join(FILE_NAME), &stored)
+        durable::write(&path(directory), &stored)
     }
 }
 

@@ -17,3 +17,4 @@ pub mod session;
 pub mod state;
 pub mod supervisor;
 pub mod trace;
+pub mod traces;

@@ -9,6 +9,7 @@
 )]
 #![allow(missing_docs, unused_imports, reason = "each test uses a part of this")]
 
+pub mod check;
 pub mod coordinator;
 pub mod watcher;
 

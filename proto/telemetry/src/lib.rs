@@ -26,11 +26,12 @@ mod spool;
 pub use environment::{Exporter, Limits};
 pub use grpc::GrpcSink;
 pub use install::{Settings, Telemetry, init};
+pub use mapped::CountersOnDisk;
 pub use processor::Numbering;
 pub use sampler::Counting;
 pub use sink::{ExportError, Sink};
 pub use source::{Checkpoint, Handle, Source};
-pub use spool::{Earlier, GivenUp, Reason};
+pub use spool::{Earlier, GivenUp, LifeOnDisk, Reason, SegmentOnDisk, inspect};
 
 /// Attribute of every exported span: its number within its epoch, beginning with 1.
 pub const SEQUENCE_ATTRIBUTE: &str = "drover.sequence";

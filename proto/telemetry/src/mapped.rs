@@ -47,6 +47,30 @@ pub(crate) struct Progress {
     pub rejected: u64,
 }
 
+impl Progress {
+    fn on_disk(self, issued: u64, ended: bool) -> CountersOnDisk {
+        let Self { settled_through, acknowledged, given_up, rejected } = self;
+        CountersOnDisk { issued, acknowledged, rejected, given_up, settled_through, ended }
+    }
+}
+
+/// Counters of a life, as its file tells them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CountersOnDisk {
+    /// Spans that it numbered.
+    pub issued: u64,
+    /// Spans acknowledged.
+    pub acknowledged: u64,
+    /// Spans rejected out of accepted batches.
+    pub rejected: u64,
+    /// Spans given up.
+    pub given_up: u64,
+    /// Every span up to this one is settled.
+    pub settled_through: u64,
+    /// Whether it ended in order.
+    pub ended: bool,
+}
+
 /// The counters.
 #[derive(Debug)]
 pub(crate) struct Counters {
@@ -183,6 +207,26 @@ impl Counters {
     }
 }
 
+/// Reads the counters of a life without a lock or a mapping. One that goes on may change them meanwhile: they then stand as
+/// they were at one moment or another.
+pub(crate) fn peek(file: &Path) -> io::Result<CountersOnDisk> {
+    let mut bytes = Vec::new();
+    File::open(file)?.take(BYTES_MIN as u64).read_to_end(&mut bytes)?;
+    if bytes.len() < BYTES_MIN || bytes[..8] != MAGIC.to_ne_bytes() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not begin as one of these files"));
+    }
+    let (words, _) = bytes.as_chunks::<8>();
+    let word = |index: usize| words.get(index).map_or(0, |word| u64::from_ne_bytes(*word));
+    let slot = WORD_SLOTS[(word(WORD_ACTIVE) & 1) as usize];
+    let progress = Progress {
+        settled_through: word(slot),
+        acknowledged: word(slot + 1),
+        given_up: word(slot + 2),
+        rejected: word(slot + 3),
+    };
+    Ok(progress.on_disk(word(WORD_ISSUED), word(WORD_ENDED) == 1))
+}
+
 fn resource_in(bytes: &[u8]) -> Option<Vec<u8>> {
     let (length, rest) = bytes.split_first_chunk::<4>()?;
     let (crc, rest) = rest.split_first_chunk::<4>()?;
@@ -209,6 +253,8 @@ mod tests {
         assert_eq!(resource.as_deref(), Some(&b"resource"[..]));
         assert_eq!((counters.issued(), counters.sampled_out(), counters.progress()), (2, 1, progress));
         assert!(!counters.ended());
+        let seen = peek(&directory.path().join(FILE)).unwrap();
+        assert_eq!(seen, progress.on_disk(2, false), "and without a lock");
     }
 
     #[test]

@@ -6,12 +6,14 @@
 
 mod frame;
 mod given_up;
+mod inspect;
 mod life;
 mod segment;
 #[cfg(test)]
 mod tests;
 
 pub use given_up::{GivenUp, Reason};
+pub use inspect::{LifeOnDisk, SegmentOnDisk, inspect};
 pub use life::Earlier;
 pub(crate) use life::{Outcome, fits};
 pub(crate) use segment::BatchLimits;

@@ -178,6 +178,11 @@ fn a_torn_tail_is_counted_and_the_spans_before_it_arrive() {
     drop(spool);
     let file = OpenOptions::new().write(true).open(&files(&root)[0]).unwrap();
     file.set_len(file.metadata().unwrap().len() - 3).unwrap();
+    let seen = inspect(root.path()).unwrap().remove(0);
+    let counters = seen.counters.unwrap();
+    assert_eq!((seen.epoch, counters.issued, counters.ended), (epoch(1), 5, false));
+    let segment = &seen.segments[0];
+    assert_eq!((segment.range, segment.held, segment.torn), (Some((1, 4)), 4, true));
     let mut next = open(&root, 2, 1 << 20);
     let report = &next.reports()[0];
     assert_eq!((report.held, report.lost, report.torn), (4, 1, 1));

@@ -4,6 +4,7 @@
 //! of its own, [`host`] and [`model`] know the machine and its files, [`orphans`] what runs that nobody keeps. The agent may end at any time: what it has started
 //! goes on, and the next agent takes it back.
 
+pub mod blocking;
 pub mod check;
 pub mod clock;
 pub mod config;

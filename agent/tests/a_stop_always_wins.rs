@@ -10,6 +10,8 @@ use std::{
 };
 use support::{Node, is_alive, signal, tiny, wait_for};
 
+const ID: &str = "tiny-234567";
+
 async fn nothing_is_left(node: &Node, instance: &str) {
     let (directory, socket) = (node.directory(instance), node.path("state/run").join(format!("{instance}.sock")));
     wait_for("the files to go", || (!directory.path().exists() && !socket.exists()).then_some(())).await;
@@ -53,6 +55,96 @@ async fn over_a_start_in_flight() {
     }
     let servers = std::fs::read_dir(node.path("state/instances")).unwrap().count();
     assert_eq!(servers, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_launch_that_is_under_way() {
+    for step in ["start.locked", "start.recorded", "start.confirmed"] {
+        let node = Node::armed("", Some((step, "pause"))).await;
+        node.coordinator.offer(ID, tiny());
+        let shim = node.paused().await;
+        node.coordinator.stop(ID);
+        node.reported(ID, InstanceState::Draining).await;
+        signal(i64::from(shim), Signal::SIGCONT);
+        node.reported(ID, InstanceState::Stopped).await;
+        node.nothing_left(ID, step).await;
+        let ready = node.coordinator.state().reports.iter().any(|r| r.state() == InstanceState::Ready);
+        assert!(!ready, "{step}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_server_that_loads() {
+    let node = Node::misbehaving("loading").await;
+    node.coordinator.offer(ID, tiny());
+    let loading = node.reported(ID, InstanceState::Loading).await;
+    node.coordinator.stop(ID);
+    let stopped = node.reported(ID, InstanceState::Stopped).await;
+    assert_eq!((stopped.exit_signal, stopped.restarts), (Some(15), 0));
+    assert!(!is_alive(loading.pid) && node.events(ID, "BackOff").is_empty());
+    node.nothing_left(ID, "loading").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_restart_that_is_waited_for() {
+    // So long that only the stop can end the wait.
+    let mut node = Node::idle("").await;
+    node.config = support::misbehave("at-once", &node.path("mark")).replace("first_ms = 10", "first_ms = 30000");
+    node.program = support::misbehaving();
+    node.start_agent().await;
+    node.coordinator.offer(ID, tiny());
+    node.reported(ID, InstanceState::Backoff).await;
+    node.coordinator.stop(ID);
+    node.reported(ID, InstanceState::Stopped).await;
+    node.nothing_left(ID, "backoff").await;
+    assert_eq!(node.events(ID, "BackOff").len(), 1);
+}
+
+/// It is wanted again, and then not, while it still takes its time to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_start_that_came_while_it_was_being_killed() {
+    let node = Node::misbehaving("deaf").await;
+    let wanted = |wanted| node.coordinator.change(|state| state.owned.get_mut(ID).unwrap().wanted = wanted);
+    node.coordinator.offer(ID, DeploymentSpec { stop_grace_ms: Some(1_000), ..tiny() });
+    let first = node.reported(ID, InstanceState::Ready).await;
+    for last in [true, false] {
+        let before = node.coordinator.last_report(ID).unwrap().pid;
+        wanted(false);
+        node.reported(ID, InstanceState::Draining).await;
+        wanted(true);
+        if last {
+            // The last word counts: the old one ends, and another follows.
+            let again = node.report("another", ID, |r| r.state() == InstanceState::Ready && r.pid != before).await;
+            assert!(!is_alive(first.pid) && again.exit_signal == Some(9));
+        } else {
+            wanted(false);
+        }
+    }
+    let stopped = node.reported(ID, InstanceState::Stopped).await;
+    assert_eq!((stopped.exit_signal, stopped.restarts), (Some(9), 1));
+    node.nothing_left(ID, "killed").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_rapid_order_the_last_word_counts() {
+    // It takes half a second to end: nothing of this does.
+    let node = Node::misbehaving("deaf").await;
+    let wanted = |wanted| node.coordinator.change(|state| state.owned.get_mut(ID).unwrap().wanted = wanted);
+    node.coordinator.offer(ID, DeploymentSpec { stop_grace_ms: Some(500), ..tiny() });
+    node.reported(ID, InstanceState::Ready).await;
+    for _ in 0..20 {
+        wanted(false);
+        wanted(true);
+        tokio::task::yield_now().await;
+    }
+    let end = |r: &drover_proto::v1::StatusReport| r.state() == InstanceState::Ready && is_alive(r.pid);
+    node.report("it to run", ID, end).await;
+    for _ in 0..20 {
+        wanted(true);
+        wanted(false);
+    }
+    node.reported(ID, InstanceState::Stopped).await;
+    node.nothing_left(ID, "rapid").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use crate::{
     clock, durable,
     failpoint::{self, Step},
-    identity,
+    identity, logs,
     record::{Directory, Exit, FORMAT, Record},
     start::Started,
     sys,
@@ -42,6 +42,7 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
     fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let mut output = File::from(output);
     let mut output_open = true;
+    logs.write(format!("{}pid {pid}, token {}\n", logs::RUN_BEGINS, record.token).as_bytes());
     if let Some(error) = &exec_error {
         let program = record.process.executable.display();
         logs.write(format!("drover-shim: {program} could not be executed: {error}\n").as_bytes());

@@ -12,6 +12,9 @@ use std::{
 /// Name of the current file.
 pub const FILE_NAME: &str = "server.log";
 
+/// Begins the line that stands before what each run prints; the rest of the line names the run.
+pub const RUN_BEGINS: &str = "drover-shim: a run begins: ";
+
 /// Path of file number `n`; 0 is the current one.
 #[must_use]
 pub fn file(directory: &Path, n: u32) -> PathBuf {

@@ -26,6 +26,15 @@ pub struct Living {
     start_ticks: u64,
 }
 
+/// What a process has done since its start. One that waits for a slow disk uses no processor meanwhile, but reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Processor time, in clock ticks.
+    cpu_ticks: u64,
+    /// Bytes read by system calls, and bytes fetched from disks, which are those of mapped files too.
+    read: (u64, u64),
+}
+
 /// What became of a recorded process.
 #[derive(Debug)]
 pub enum Found {
@@ -85,10 +94,13 @@ impl Living {
         }
     }
 
-    /// Processor time used so far, in clock ticks; `None` when it can't be read.
+    /// What it has done so far; `None` when it can't be read.
     #[must_use]
-    pub fn cpu_ticks(&self) -> Option<u64> {
-        identity::stat(self.pid).ok().filter(|s| s.start_ticks == self.start_ticks).map(|s| s.cpu_ticks)
+    pub fn work(&self) -> Option<Work> {
+        let read = read_bytes(self.pid).unwrap_or_default();
+        // The pid is known to be its own while its start time is.
+        let stat = identity::stat(self.pid).ok().filter(|s| s.start_ticks == self.start_ticks)?;
+        Some(Work { cpu_ticks: stat.cpu_ticks, read })
     }
 
     /// Asks it to end.
@@ -118,6 +130,13 @@ impl Living {
             result => result,
         }
     }
+}
+
+/// `rchar` and `read_bytes` of /proc/<pid>/io (proc_pid_io(5)); nothing where they may not be read.
+fn read_bytes(pid: i32) -> Option<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok();
+    Some((field("rchar:")?, field("read_bytes:")?))
 }
 
 /// Handles of the processes of a session but its leader. A session's members are no older than its leader.

@@ -9,6 +9,9 @@ use std::sync::{
 };
 use tokio::sync::mpsc;
 
+/// Events that wait to be sent while there is no session.
+const WAITING: usize = 1024;
+
 /// Shared by all instances.
 #[derive(Debug)]
 pub struct Context {
@@ -38,7 +41,7 @@ impl Events {
     /// A queue of events, and its end.
     #[must_use]
     pub fn new() -> (Self, mpsc::Receiver<NodeEvent>) {
-        let (sender, receiver) = mpsc::channel(64);
+        let (sender, receiver) = mpsc::channel(WAITING);
         (Self(sender), receiver)
     }
 

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 #[derive(Debug)]
 pub(super) enum Command {
     Want(bool, String),
+    Force,
     Restore(Box<Claim>),
     Raise(Token, oneshot::Sender<bool>),
     Discard(oneshot::Sender<bool>),
@@ -21,6 +22,12 @@ impl Handle {
     /// Says whether the instance should run, and the traceparent of who says so.
     pub async fn want(&self, wanted: bool, traceparent: &str) {
         let _ = self.0.send(Command::Want(wanted, traceparent.to_owned())).await;
+    }
+
+    /// Ends the instance without waiting for what is in flight. False when its supervisor is gone, or too busy to hear it.
+    #[must_use]
+    pub fn force(&self) -> bool {
+        self.0.try_send(Command::Force).is_ok()
     }
 
     /// Says what is claimed: a supervisor whose own file of it was lost takes it from here.

@@ -51,6 +51,23 @@ pub async fn model_path(socket: &Path) -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
+/// Probes a server once, and asks what it serves if it answers: for another model than `model` it is not well.
+pub async fn probe_for(socket: &Path, model: &Path) -> Health {
+    match probe(socket).await {
+        Health::Ok => match model_path(socket).await {
+            Ok(path) if path == model => Health::Ok,
+            Ok(path) => Health::Other(format!(
+                "the server serves {}, not {}: it gets no requests; stop the instance, or the process that answers on its \
+                 socket",
+                path.display(),
+                model.display()
+            )),
+            Err(error) => Health::Failing(format!("it does not say what it serves: {error:#}")),
+        },
+        other => other,
+    }
+}
+
 /// Probes an adopted server once and asks what it serves: it is ready only if that is what its claim says.
 pub async fn answers(socket: &Path, model: &Path) -> Result<bool, String> {
     match probe(socket).await {
@@ -60,7 +77,7 @@ pub async fn answers(socket: &Path, model: &Path) -> Result<bool, String> {
             Err(error) => Err(format!("it does not say what it serves: {error:#}")),
         },
         Health::Loading => Ok(false),
-        Health::Failing(what) => Err(what),
+        Health::Failing(what) | Health::Other(what) => Err(what),
     }
 }
 

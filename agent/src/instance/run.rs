@@ -4,14 +4,15 @@ use super::{
     arguments::{self, Place},
     claim::{Claim, stored_token},
     context::Context,
+    state::{Ended, cause},
 };
 use crate::{
-    clock,
+    blocking, clock,
     host::{
         disk,
         processes::{self, Found, Living},
     },
-    model,
+    model::{self, Model},
 };
 use drover_shim::{
     durable,
@@ -21,7 +22,7 @@ use drover_shim::{
 };
 use std::{
     io::{Read as _, Seek as _, SeekFrom},
-    path::Path,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
     time::Duration,
@@ -34,6 +35,8 @@ use tokio::{
 
 /// How long a shim may take until it has released its process.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(15);
+/// How long a look at the model or at free space may take.
+const LOOK_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the record of an end may come after the end.
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
 const EXIT_POLL: Duration = Duration::from_millis(10);
@@ -51,15 +54,17 @@ pub struct Failed {
     pub message: String,
     /// Whether another attempt may help.
     pub retry: bool,
+    /// Of a process that ran and had ended before it could be taken hold of: its id, and how it ended.
+    pub ended: Option<(i32, Ended)>,
 }
 
 impl Failed {
     fn again(message: impl Into<String>) -> Self {
-        Self { message: message.into(), retry: true }
+        Self { message: message.into(), retry: true, ended: None }
     }
 
     fn for_good(message: impl Into<String>) -> Self {
-        Self { message: message.into(), retry: false }
+        Self { message: message.into(), retry: false, ended: None }
     }
 }
 
@@ -81,18 +86,9 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     if context.session.has_passed() {
         return Err(Failed::again("this node has no session now: nothing is started until it has one"));
     }
-    let free = disk::free_bytes(directory.path()).map_err(|e| Failed::again(format!("free disk space: {e}")))?;
-    if free < DISK_BYTES_MIN {
-        return Err(Failed::again(format!(
-            "only {} MiB are free in {}: nothing is started below {} MiB",
-            free >> 20,
-            directory.path().display(),
-            DISK_BYTES_MIN >> 20
-        )));
-    }
+    enough_room(directory).await?;
     let settings = &context.settings;
-    let model =
-        model::resolve(&claim.spec.model_path, &settings.model_roots).map_err(|e| Failed::for_good(e.to_string()))?;
+    let model = find_model(&claim.spec.model_path, &settings.model_roots).await?;
     let socket = settings.socket_of(&claim.instance);
     let gpus: Vec<String> = settings.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
     let place = Place { model: &model.path, socket: &socket, gpus: &gpus };
@@ -111,7 +107,8 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         boot_id: context.boot_id.clone(),
         halt_file: settings.halt_file(),
     };
-    durable::write(&directory.spec(), &spec).map_err(|e| Failed::again(e.to_string()))?;
+    tokio::task::block_in_place(|| durable::write(&directory.spec(), &spec))
+        .map_err(|e| Failed::again(e.to_string()))?;
     failpoint::at(Step::StartSpecWritten);
     let mut shim = start_shim(&settings.shim, directory)?;
     failpoint::at(Step::StartShimForked);
@@ -130,10 +127,39 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     match (recorded(directory)?, outcome) {
         (Some(run), _) => Ok(run),
         (None, Err(failed)) => Err(failed),
-        // It ran and has ended already: its last words say more than its exit code.
         (None, Ok(())) => {
+            let pid = durable::read::<Record>(&directory.record()).map_or(0, |record| record.process.pid);
             let ended = ended(directory, None).await;
-            Err(Failed { message: format!("llama-server {ended}"), retry: !ended.gave_up() })
+            Err(Failed { ended: Some((pid, ended)), ..Failed::again("llama-server has ended at once") })
+        }
+    }
+}
+
+async fn enough_room(directory: &Directory) -> Result<(), Failed> {
+    let path = directory.path().to_owned();
+    let shown = path.display().to_string();
+    let free = blocking::within(LOOK_DEADLINE, &shown, move || disk::free_bytes(&path)).await;
+    let free = free.map_err(|e| e.to_string()).and_then(|free| free.map_err(|e| e.to_string()));
+    let free = free.map_err(|e| Failed::again(format!("free disk space of {shown}: {e}")))?;
+    if free < DISK_BYTES_MIN {
+        return Err(Failed::again(format!(
+            "only {} MiB are free in {shown}: nothing is started below {} MiB",
+            free >> 20,
+            DISK_BYTES_MIN >> 20
+        )));
+    }
+    Ok(())
+}
+
+/// Model roots may lie on another host, which may be away.
+async fn find_model(model_path: &str, roots: &[PathBuf]) -> Result<Model, Failed> {
+    let (path, roots) = (model_path.to_owned(), roots.to_vec());
+    let looked = blocking::within(LOOK_DEADLINE, model_path, move || model::resolve(&path, &roots)).await;
+    match looked {
+        Ok(Ok(model)) => Ok(model),
+        Ok(Err(error)) => Err(Failed::for_good(error.to_string())),
+        Err(error) => {
+            Err(Failed::again(format!("model_path \"{}\" can't be looked at: {error}", model_path.escape_debug())))
         }
     }
 }
@@ -182,7 +208,7 @@ async fn hear(shim: &mut Child) -> Result<(), Failed> {
                 let (code, why) = rest.split_once(' ').unwrap_or((rest, ""));
                 // A lower token: somebody else was given this instance meanwhile.
                 let retry = code != "11";
-                return Err(Failed { message: format!("the start was refused: {why}"), retry });
+                return Err(Failed { retry, ..Failed::again(format!("the start was refused: {why}")) });
             }
             "note" => tracing::warn!("shim: {rest}"),
             _ => {}
@@ -193,7 +219,7 @@ async fn hear(shim: &mut Child) -> Result<(), Failed> {
 
 /// How the process of a record ended. Its shim makes that durable in a moment; without a shim it stays unknown. With a
 /// record, only an end of that very process counts.
-pub async fn ended(directory: &Directory, record: Option<&Record>) -> super::state::Ended {
+pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
     let read = || {
         durable::read::<Exit>(&directory.exit()).ok().filter(|exit| record.is_none_or(|r| r.process == exit.process))
     };
@@ -208,11 +234,13 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> super::sta
     let exit = timeout(EXIT_DEADLINE, wait).await.ok();
     // A log that a signal cut off ends anywhere: only its errors tell something.
     let signalled = exit.as_ref().is_some_and(|exit| exit.signal.is_some());
-    let last_lines = last_words(&directory.log(), !signalled);
+    let log = last_log(&directory.log());
+    let last_lines = last_words(&log, !signalled);
     match exit {
-        None => super::state::Ended { last_lines, ..Default::default() },
+        None => Ended { last_lines, ..Ended::default() },
         Some(exit) => {
-            super::state::Ended { code: exit.code, signal: exit.signal, exec_error: exit.exec_error, last_lines }
+            let cause = cause::of(exit.code, &log);
+            Ended { code: exit.code, signal: exit.signal, exec_error: exit.exec_error, last_lines, cause }
         }
     }
 }
@@ -239,11 +267,9 @@ pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> 
     claim.write(directory.path())
 }
 
-/// The last lines of a log that tell of an error; when none does, the last line of all, if `any` will do.
-fn last_words(directory: &Path, any: bool) -> String {
+/// The end of the log, of the last run alone.
+fn last_log(directory: &Path) -> String {
     const TAIL_BYTES: u64 = 16 << 10;
-    const LINES_MAX: usize = 3;
-    const LINE_CHARS_MAX: usize = 300;
     let read = || -> std::io::Result<String> {
         let mut file = std::fs::File::open(logs::file(directory, 0))?;
         let length = file.metadata()?.len();
@@ -252,7 +278,18 @@ fn last_words(directory: &Path, any: bool) -> String {
         file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
-    let Ok(text) = read() else { return String::new() };
+    let text = read().unwrap_or_default();
+    // What an earlier run has said is no word of this one's. A shim that is one version older does not mark where it began.
+    match text.rsplit_once(logs::RUN_BEGINS) {
+        Some((_, of_this)) => of_this.split_once('\n').map_or("", |(_, printed)| printed).to_owned(),
+        None => text,
+    }
+}
+
+/// The last lines of a log that tell of an error; when none does, the last line of all, if `any` will do.
+fn last_words(text: &str, any: bool) -> String {
+    const LINES_MAX: usize = 3;
+    const LINE_CHARS_MAX: usize = 300;
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     // llama-server's lines begin with a time and a letter: "0.00.035.530 E llama_model_load: …".
     let tells_error =

@@ -4,11 +4,11 @@
 //! |---|---|---|
 //! | claimed | none | begin → starting · unwanted → stopped |
 //! | starting | being launched | launched → loading · launch failed → backoff or failed · unwanted → stopping |
-//! | loading | alive | healthy → ready · exits with 1, its own report that it can't → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
+//! | loading | alive | healthy → ready · serves another model → suspect · ended, model or arguments refused → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
 //! | ready | alive | 2 failed probes → suspect · ended → backoff or failed · unwanted → draining |
 //! | suspect | alive | 3 good probes → ready · ended → backoff or failed · unwanted → draining |
-//! | draining | alive | drained or too late → stopping · ended → stopped |
-//! | stopping | alive or being launched | ended → stopped, or backoff when it is wanted · grace over → killed |
+//! | draining | alive | drained, too late or forced → stopping · ended → stopped |
+//! | stopping | alive or being launched | ended → stopped, or backoff when it is wanted · grace over → killed; forced: a short one |
 //! | backoff | none | due → starting · unwanted → stopped |
 //! | failed | none | unwanted → stopped |
 //! | stopped | none | wanted → starting |
@@ -16,11 +16,16 @@
 //! What is wanted ([`State::wanted`]) and what is ([`State::phase`], [`State::process`]) are separate. A stop wins over a
 //! start in flight: once an instance is unwanted nothing is launched, and what a launch under way brings is ended.
 //! A server that is wanted and ready is never ended from here.
+//!
+//! Which end of a loading server is its own word that model or arguments are bad, and which may pass, is the table of
+//! [`cause`].
 
+pub mod cause;
 mod step;
 #[cfg(test)]
 mod tests;
 
+use cause::Cause;
 use drover_proto::v1::InstanceState;
 
 /// Bounds and pauses, in milliseconds where they are times.
@@ -101,14 +106,16 @@ pub struct Ended {
     pub exec_error: Option<String>,
     /// The last lines of its log that say something.
     pub last_lines: String,
+    /// What its log says of the next start, had it not served yet.
+    pub cause: Cause,
 }
 
 impl Ended {
-    /// Whether llama-server itself has reported that it can't serve this: it exits with 1 for a model that it can't load
-    /// and for an argument that it does not take. Any other code or a signal says nothing of the next attempt.
+    /// Whether the same start would end the same way: the program can't be executed, or it has refused its model or its
+    /// arguments.
     #[must_use]
     pub fn gave_up(&self) -> bool {
-        self.exec_error.is_some() || self.code == Some(1)
+        self.exec_error.is_some() || self.cause == Cause::Refused
     }
 }
 
@@ -131,6 +138,8 @@ pub enum Health {
     Ok,
     /// It says that it loads the model, or does not listen yet.
     Loading,
+    /// It answers, for another model than its claim says; says which. Such a server gets no requests.
+    Other(String),
     /// Anything else; says what.
     Failing(String),
 }
@@ -142,6 +151,8 @@ pub enum Event {
     Begin,
     /// It should run, or should not.
     Want(bool),
+    /// It should not run, and what is in flight is not waited for.
+    Force,
     /// A launch has brought a process.
     Launched,
     /// A launch has brought none.
@@ -198,6 +209,10 @@ pub struct State {
     /// How the last process ended.
     pub last_end: Option<Ended>,
     quick_ends: u32,
+    /// Starts in a row without stable running, the present one included.
+    attempts: u32,
+    /// Whether its end is not to be waited for.
+    forced: bool,
     /// Failed probes in a row while ready; good ones while suspect.
     streak: u32,
     ready_since_ms: Option<u64>,
@@ -216,6 +231,8 @@ impl State {
             message: String::new(),
             last_end: None,
             quick_ends: 0,
+            attempts: 1,
+            forced: false,
             streak: 0,
             ready_since_ms: None,
         }
@@ -241,6 +258,7 @@ impl State {
             message,
             last_end: Some(ended),
             quick_ends: 1,
+            attempts: 2,
             ..Self::claimed()
         }
     }

@@ -8,7 +8,7 @@ use super::{
     offers::{self, No},
 };
 use crate::{
-    clock,
+    blocking, clock,
     instance::{
         claim::Claim,
         registry::{Registry, Unowned},
@@ -28,6 +28,8 @@ use tokio::{
 use tonic::{Code, Request, Status};
 use tracing::{Instrument as _, Span, info_span};
 
+/// Longest look at what an offer needs of this host.
+const CHECK_DEADLINE: Duration = Duration::from_secs(3);
 /// Longest wait for the answer of a claim.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait for a session to be resumed before the next claim.
@@ -78,12 +80,17 @@ impl Claims {
     async fn offer(&mut self, offer: Offer) {
         let context = self.registry.context().clone();
         let looked_at = offer.clone();
-        let checked = tokio::task::spawn_blocking(move || offers::check(&context, &looked_at)).await;
+        // The model may lie on another host, which may be away: other claims wait for this one.
+        let thing = offer.spec.as_ref().map_or("", |spec| spec.model_path.as_str());
+        let checked = blocking::within(CHECK_DEADLINE, thing, move || offers::check(&context, &looked_at)).await;
         let memory_bytes = match checked {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(No::Unable(why))) => return self.decline(&offer.instance, why),
             Ok(Err(No::Late)) => return,
-            Err(error) => return tracing::error!(%error, "an offer could not be checked"),
+            Err(error) => {
+                let why = format!("model_path \"{}\" can't be looked at: {error}", thing.escape_debug());
+                return self.decline(&offer.instance, why);
+            }
         };
         match self.registry.reserve(&offer.instance, memory_bytes).await {
             Ok(true) => {}

@@ -12,6 +12,7 @@ pub mod session;
 pub mod stored;
 
 use crate::{
+    blocking,
     instance::registry::Registry,
     model::inventory,
     orphans::{Orphans, commands},
@@ -30,6 +31,8 @@ use tokio_util::sync::CancellationToken;
 const AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the model roots are looked through.
 const INVENTORY_INTERVAL: Duration = Duration::from_secs(5);
+/// How long that may take: an agent that begins waits for it.
+const SCAN_DEADLINE: Duration = Duration::from_secs(10);
 /// Claims that wait for their turn; further offers are passed over, they come again.
 const CLAIMS_WAITING: usize = 256;
 
@@ -138,9 +141,9 @@ async fn apply(registry: Arc<Registry>, mut sets: watch::Receiver<Option<(u64, C
 
 async fn scan(registry: &Registry) -> ModelInventory {
     let roots = registry.context().settings.model_roots.clone();
-    let scanned = tokio::task::spawn_blocking(move || inventory::scan(&roots)).await;
+    let scanned = blocking::within(SCAN_DEADLINE, "the model roots", move || inventory::scan(&roots)).await;
     scanned.unwrap_or_else(|error| {
-        tracing::error!(%error, "the model roots could not be looked through");
+        tracing::warn!(%error, "the model roots could not be looked through");
         ModelInventory { truncated: true, ..ModelInventory::default() }
     })
 }

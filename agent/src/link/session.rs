@@ -39,6 +39,11 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages that wait to be written to the stream.
 const OUTGOING: usize = 256;
+/// Places in that queue that reports leave to everything else: a node has as many reports as instances, and a heartbeat
+/// that found no place would end the stream.
+const NOT_FOR_REPORTS: usize = 64;
+/// Pause before the reports that did not fit.
+const REPORTS_PAUSE: Duration = Duration::from_millis(20);
 /// Heartbeats that may be unanswered at a time.
 const HEARTBEATS_MAX: usize = 64;
 
@@ -87,6 +92,8 @@ struct Stream {
     last_answer: Instant,
     sequence: u64,
     reports: Reports,
+    /// Whether reports are due that did not fit.
+    behind: bool,
     /// What the coordinator was told last of what runs here.
     runs: Option<Vec<RecordedRun>>,
 }
@@ -135,7 +142,7 @@ impl Session {
             .max_encoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX);
         let (outgoing, requests) = mpsc::channel(OUTGOING);
         let sent_ns = boottime_ns();
-        outgoing.send(message(session_request::Message::Hello(self.hello().await))).await?;
+        outgoing.send(message(session_request::Message::Hello(self.hello()))).await?;
         let open = client.session(ReceiverStream::new(requests));
         let opened = timeout(WELCOME_DEADLINE, open).await.context("the coordinator does not answer")?;
         let mut incoming = opened.map_err(|status| explain(&status))?.into_inner();
@@ -148,7 +155,7 @@ impl Session {
         self.serve(&mut stream, stop).await
     }
 
-    async fn hello(&self) -> Hello {
+    fn hello(&self) -> Hello {
         let stored = self.identity.stored();
         Hello {
             protocol_min: PROTOCOL_MIN,
@@ -161,7 +168,7 @@ impl Session {
             labels: self.about.labels.clone().into_iter().collect::<HashMap<_, _>>(),
             capacity: Some(self.capacity.borrow().clone()),
             proxy_address: self.about.proxy_address.clone(),
-            runs: self.registry.recorded_runs().await,
+            runs: self.registry.recorded_runs(),
             models: Some(self.models.borrow().clone()),
         }
     }
@@ -208,6 +215,7 @@ impl Session {
             last_answer: Instant::now(),
             sequence: 0,
             reports: Reports::default(),
+            behind: false,
             runs: None,
         })
     }
@@ -237,6 +245,7 @@ impl Session {
                     changed.context("the board is gone")?;
                     self.report(stream);
                 }
+                () = sleep(REPORTS_PAUSE), if stream.behind => self.report(stream),
                 _ = again.tick() => {
                     self.report(stream);
                     self.tell_runs(stream)?;
@@ -322,9 +331,12 @@ impl Session {
         let entries = self.registry.context().board.all();
         let now = clock::boottime();
         stream.reports.retain(&entries);
+        stream.behind = false;
         for (instance, report) in stream.reports.due(&entries, now) {
-            // What does not fit now is due again at the next round.
-            if stream.send(session_request::Message::Status(report)).is_err() {
+            if stream.outgoing.capacity() <= NOT_FOR_REPORTS
+                || stream.send(session_request::Message::Status(report)).is_err()
+            {
+                stream.behind = true;
                 return;
             }
             if let Some(entry) = entries.get(&instance) {
@@ -335,7 +347,7 @@ impl Session {
 
     /// Says what runs here when that has changed.
     fn tell_runs(&self, stream: &mut Stream) -> anyhow::Result<()> {
-        let Some(runs) = self.registry.recorded_runs_now() else { return Ok(()) };
+        let runs = self.registry.recorded_runs();
         if stream.runs.as_ref() != Some(&runs) {
             stream.send(session_request::Message::Runs(RunSet { runs: runs.clone() }))?;
             stream.runs = Some(runs);

@@ -80,6 +80,15 @@ async fn end_one(
             return result(process.told.clone(), ProcessAction::LeftAlone, why);
         }
     }
+    if process.told.owner() == ProcessOwner::Owned && order.force {
+        // Its supervisor ends it, and knows then that this was no crash.
+        if !orphans.force(&process.told.instance) {
+            let why = "its supervisor does not hear: it is gone, or has too much to do; try again".to_owned();
+            return result(process.told.clone(), ProcessAction::LeftAlone, why);
+        }
+        let (outcome, how) = end::wait(&process.seen, orphans.boot_id(), end::Patience::asked(true)).await;
+        return result(process.told.clone(), outcome.action(), how);
+    }
     let (outcome, how) = end::end(&process.seen, orphans.boot_id(), end::Patience::asked(order.force)).await;
     result(process.told.clone(), outcome.action(), how)
 }

@@ -1,7 +1,7 @@
 //! Ends one process whose identity is verified: SIGTERM first, SIGKILL to its whole session where that is asked for.
 
 use crate::host::{
-    processes::{self, Found},
+    processes::{self, Found, Living},
     scan::Seen,
 };
 use drover_proto::v1::ProcessAction;
@@ -55,18 +55,39 @@ impl Outcome {
     }
 }
 
-/// Ends a process, if it is still the one that was seen; says how that went.
-pub(super) async fn end(seen: &Seen, boot_id: &str, patience: Patience) -> (Outcome, String) {
+/// Takes hold of a process, if it is still the one that was seen.
+fn hold(seen: &Seen, boot_id: &str) -> Result<Living, (Outcome, String)> {
     let Some(executable) = seen.executable.clone() else {
-        return (Outcome::LeftAlone, "its executable can't be read, so it can't be told what it is".to_owned());
+        let why = "its executable can't be read, so it can't be told what it is".to_owned();
+        return Err((Outcome::LeftAlone, why));
     };
     let (pid, start_ticks) = (seen.pid, seen.start_ticks);
     let process = identity::Process { boot_id: boot_id.to_owned(), pid, start_ticks, executable };
-    let living = match processes::find_process(&process, None) {
-        Found::Living(living) => living,
-        Found::Gone => return (Outcome::Ended, "it had ended already".to_owned()),
-        Found::Other(what) => return (Outcome::Ended, format!("it had ended already: {what}")),
-        Found::Unknown(why) => return (Outcome::LeftAlone, why),
+    match processes::find_process(&process, None) {
+        Found::Living(living) => Ok(living),
+        Found::Gone => Err((Outcome::Ended, "it had ended already".to_owned())),
+        Found::Other(what) => Err((Outcome::Ended, format!("it had ended already: {what}"))),
+        Found::Unknown(why) => Err((Outcome::LeftAlone, why)),
+    }
+}
+
+/// Waits for the end of a process that somebody else was told to end; says how that went.
+pub(super) async fn wait(seen: &Seen, boot_id: &str, patience: Patience) -> (Outcome, String) {
+    let living = match hold(seen, boot_id) {
+        Ok(living) => living,
+        Err(outcome) => return outcome,
+    };
+    match timeout(patience.term + KILLED, living.ended()).await {
+        Ok(()) => (Outcome::Ended, "ended without waiting for requests in flight".to_owned()),
+        Err(_) => (Outcome::Lives, "lives still after SIGKILL: it waits for the kernel".to_owned()),
+    }
+}
+
+/// Ends a process, if it is still the one that was seen; says how that went.
+pub(super) async fn end(seen: &Seen, boot_id: &str, patience: Patience) -> (Outcome, String) {
+    let living = match hold(seen, boot_id) {
+        Ok(living) => living,
+        Err(outcome) => return outcome,
     };
     if let Err(error) = living.terminate() {
         return (Outcome::LeftAlone, format!("SIGTERM was refused: {error}"));

@@ -74,6 +74,11 @@ impl Orphans {
         processes(&self.registry).await
     }
 
+    /// Has an instance's supervisor end it at once; false when it has none that hears.
+    pub(crate) fn force(&self, instance: &str) -> bool {
+        self.registry.force(instance)
+    }
+
     /// Boot that this is.
     pub(crate) fn boot_id(&self) -> &str {
         &self.registry.context().boot_id
@@ -134,7 +139,7 @@ async fn processes(registry: &Arc<Registry>) -> io::Result<Vec<Process>> {
         scan::llama_servers(Path::new("/proc"), &server)
     });
     let seen = seen.await?;
-    let runs = registry.recorded_runs().await;
+    let runs = registry.recorded_runs();
     let known: BTreeMap<String, Option<Token>> = runs.into_iter().map(|run| (run.instance, run.token)).collect();
     let own = blocking(move || Ok(own(&settings, &known))).await?;
     let now = clock::boottime();

@@ -5,8 +5,9 @@ use drover_proto::{
     status::{reason, with_reason},
     transport::{Admit, Security},
     v1::{
-        ClaimRequest, ClaimResponse, ClaimSet, DeploymentSpec, EndRun, HeartbeatAck, Hello, InstanceState, NodeEvent,
-        Offer, OwnedClaim, SessionRequest, SessionResponse, StatusAck, StatusReport, Token, Welcome,
+        ClaimRequest, ClaimResponse, ClaimSet, CommandAnswer, DeploymentSpec, EndRun, HeartbeatAck, Hello,
+        InstanceState, NodeCommand, NodeEvent, Offer, OwnedClaim, SessionRequest, SessionResponse, StatusAck,
+        StatusReport, Token, Welcome, node_command,
         node_service_server::{NodeService, NodeServiceServer},
         session_request, session_response,
     },
@@ -45,6 +46,7 @@ pub struct State {
     pub reports: Vec<StatusReport>,
     pub events: Vec<NodeEvent>,
     pub claims: Vec<ClaimRequest>,
+    pub command_answers: Vec<CommandAnswer>,
     pub answers: VecDeque<Answer>,
     pub owned: BTreeMap<String, OwnedClaim>,
     pub end_runs: Vec<EndRun>,
@@ -83,6 +85,7 @@ impl Coordinator {
             reports: Vec::new(),
             events: Vec::new(),
             claims: Vec::new(),
+            command_answers: Vec::new(),
             answers: VecDeque::new(),
             owned: BTreeMap::new(),
             end_runs: Vec::new(),
@@ -138,6 +141,12 @@ impl Coordinator {
         change(&mut state);
         state.revision += 1;
         state.send_claims();
+    }
+
+    /// Asks the node for something.
+    pub fn command(&self, command: node_command::Command) {
+        let command = NodeCommand { id: "one".to_owned(), command: Some(command) };
+        self.state().send(session_response::Message::Command(command));
     }
 
     pub fn stop(&self, instance: &str) {
@@ -227,6 +236,7 @@ impl State {
                 }
             }
             session_request::Message::Event(event) => self.events.push(event),
+            session_request::Message::CommandAnswer(answer) => self.command_answers.push(answer),
             _ => {}
         }
     }

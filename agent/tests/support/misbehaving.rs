@@ -1,13 +1,19 @@
 //! Stands in for llama-server in tests: it serves `/health` and `/props` on its unix socket, and misbehaves as the variable
 //! `MISBEHAVE` says: `at-once` exits before it listens, `after-ready` exits after a few answers, `deaf` ignores SIGTERM,
-//! `parent` starts a child in a session of its own and writes its pid to `CHILD_FILE`.
+//! `parent` starts a child in a session of its own and writes its pid to `CHILD_FILE`. With `MARK` a file is named: `loading`
+//! says that it loads until that file is there, `reading` reads its model bit by bit before it listens until then,
+//! `other-model` says that it serves another model until then; `says` prints what the file holds and exits with 1, and serves
+//! when there is none.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test")]
 
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _},
     os::unix::net::UnixListener,
+    path::PathBuf,
     process::{Command, ExitCode},
+    thread,
+    time::Duration,
 };
 
 /// Answers of `/health` after which `after-ready` ends: the first makes it ready.
@@ -22,8 +28,26 @@ fn main() -> ExitCode {
     let value = |flag: &str| arguments.iter().skip_while(|word| *word != flag).nth(1).expect("a value").clone();
     let how = env::var("MISBEHAVE").unwrap_or_default();
     println!("misbehaves: {how}");
+    let mark = PathBuf::from(env::var("MARK").unwrap_or_default());
+    let marked = || mark.exists();
     match how.as_str() {
         "at-once" => return ExitCode::from(3),
+        "says" => {
+            if let Ok(words) = fs::read_to_string(&mark) {
+                println!("{words}");
+                return ExitCode::FAILURE;
+            }
+        }
+        "reading" => {
+            let mut model = fs::File::open(value("--model")).unwrap();
+            while !marked() {
+                let mut some = [0; 64];
+                if model.read(&mut some).unwrap() == 0 {
+                    model.rewind().unwrap();
+                }
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
         "deaf" => drover_shim::sys::ignore_signals(),
         #[allow(clippy::zombie_processes, reason = "that it is left behind is the misbehaviour")]
         "parent" => {
@@ -39,12 +63,17 @@ fn main() -> ExitCode {
         let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
         let first = lines.next().unwrap_or_default();
         while lines.next().is_some_and(|line| !line.is_empty()) {}
+        let mut status = "200 OK";
         let body = if first.contains("/props") {
-            format!("{{\"model_path\": \"{}\"}}", value("--model"))
+            let model = if how == "other-model" && !marked() { "/elsewhere.gguf".to_owned() } else { value("--model") };
+            format!("{{\"model_path\": \"{model}\"}}")
         } else {
+            if how == "loading" && !marked() {
+                status = "503 Service Unavailable";
+            }
             "{\"status\": \"ok\"}".to_owned()
         };
-        let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+        let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
         // Who asked may be gone.
         let _ = stream.write_all(format!("{head}{body}").as_bytes());
         answers += u32::from(first.contains("/health"));

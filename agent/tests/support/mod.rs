@@ -91,6 +91,15 @@ impl Node {
         node
     }
 
+    /// A node with a session whose servers misbehave.
+    pub async fn misbehaving(how: &str) -> Self {
+        let mut node = Self::idle("").await;
+        node.config = misbehave(how, &node.path("mark"));
+        node.program = misbehaving();
+        node.start_agent().await;
+        node
+    }
+
     /// A node without an agent yet.
     pub async fn idle(config: &str) -> Self {
         let node = Self {
@@ -142,7 +151,7 @@ impl Node {
         command
             .arg("--config")
             .arg(config)
-            .args(["--node", "host-1", "--proxy-listen", "127.0.0.1:0", "--memory-bytes", "100000000000"])
+            .args(["--node", "host-1", "--proxy-listen", "127.0.0.1:0"])
             .args(["--coordinators", &self.coordinator.address().to_string()])
             .arg("--state-dir")
             .arg(self.path("state"))
@@ -157,6 +166,9 @@ impl Node {
             .args(["--log-filter", "info,drover_agent=debug"])
             .stdin(Stdio::null())
             .stderr(log);
+        if !self.config.contains("memory_bytes") {
+            command.args(["--memory-bytes", "100000000000"]);
+        }
         if let Some((step, what)) = self.fail_point {
             let value = format!("{step}:{what}:{}", self.path("fail-point").display());
             command.env(drover_shim::failpoint::VARIABLE, value);
@@ -231,6 +243,18 @@ impl Node {
         wait_for(what, || self.coordinator.last_report(instance).filter(|r| fits(r))).await
     }
 
+    /// Events of an instance for this reason, as messages.
+    pub fn events(&self, instance: &str, reason: &str) -> Vec<String> {
+        let state = self.coordinator.state();
+        let these = state.events.iter().filter(|e| e.instance == instance && e.reason == reason);
+        these.map(|e| e.message.clone()).collect()
+    }
+
+    /// What an instance's server has printed.
+    pub fn server_log(&self, instance: &str) -> String {
+        fs::read_to_string(drover_shim::logs::file(&self.directory(instance).log(), 0)).unwrap_or_default()
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("agent.log")).unwrap_or_default()
     }
@@ -268,6 +292,15 @@ pub fn misbehaving() -> PathBuf {
         path.display()
     );
     path
+}
+
+/// Configuration of an agent whose servers misbehave so; restarts are quick.
+pub fn misbehave(how: &str, mark: &Path) -> String {
+    format!(
+        "[restarts]\nbackoff_first_ms = 10\nquick_ends_max = 3\n\
+         [llama_server_environment]\nMISBEHAVE = '{how}'\nMARK = '{}'\n",
+        mark.display()
+    )
 }
 
 pub fn tiny() -> DeploymentSpec {

@@ -113,9 +113,11 @@ impl Statuses {
             InstanceState::Ready => ("Ready", Severity::Info),
             InstanceState::Draining => ("Draining", Severity::Info),
             InstanceState::Stopped => ("Stopped", Severity::Info),
-            InstanceState::Backoff => ("BackOff", Severity::Warning),
             InstanceState::Suspect => ("Suspect", Severity::Warning),
             InstanceState::Failed => ("Failed", Severity::Error),
+            // The node tells each end and each failed attempt itself, with its reason: a state that soon passes may never be
+            // reported.
+            InstanceState::Backoff => return,
             InstanceState::Unspecified | InstanceState::Pending | InstanceState::Claimed => return,
         };
         let mut message = format!("on {node}, token {token}");

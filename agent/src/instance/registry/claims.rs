@@ -10,9 +10,10 @@ use super::super::{
 };
 use super::{Inner, Kind, Known, Registry, Unowned};
 use crate::clock;
-use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim};
+use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, Severity};
 use drover_shim::failpoint::{self, Step};
 use std::{fs, os::unix::fs::DirBuilderExt as _};
+use tokio::task::block_in_place;
 use tracing::Span;
 
 impl Registry {
@@ -66,7 +67,7 @@ impl Registry {
         }
         let mut unowned = Vec::new();
         let others: Vec<String> = inner
-            .known
+            .instances
             .iter()
             .filter(|(instance, known)| {
                 let claimed = set.claims.iter().any(|c| c.instance == **instance);
@@ -90,17 +91,17 @@ impl Registry {
     /// Makes what is here fit a claim that this node holds.
     async fn own(&self, inner: &mut Inner, claim: Claim, wanted: bool, traceparent: &str, span: Option<Span>) {
         let (instance, token) = (claim.instance.clone(), claim.token);
-        let known = inner.known.remove(&instance);
+        let known = inner.instances.take(&instance);
         let kind = match known {
             // An answer that was overtaken: a higher token is known here already.
             Some(known) if known.token > token => {
-                inner.known.insert(instance, known);
+                inner.instances.insert(instance, known);
                 return;
             }
             Some(Known { kind: Kind::Supervised(handle), token: old }) => {
                 if token > old && !handle.raise(token).await {
                     // Not durable: it stays under the old token, and this is tried again.
-                    inner.known.insert(instance, Known { token: old, kind: Kind::Supervised(handle) });
+                    inner.instances.insert(instance, Known { token: old, kind: Kind::Supervised(handle) });
                     return;
                 }
                 self.context.board.set_owned(&instance, true);
@@ -121,10 +122,10 @@ impl Registry {
                     (None, Some(ended)) => Begin::Ended(ended),
                     (None, None) => Begin::Claimed(trace::start(&instance, &claim.spec.name, traceparent)),
                 };
-                self.begin(claim, begin)
+                self.begin(inner, claim, begin)
             }
             Some(Known { kind: Kind::Dormant(stored, _), .. }) => {
-                if adopt::remove(&self.directory(&instance), &self.context.settings.socket_of(&instance)) {
+                if self.remove(&instance) {
                     self.post(&claim, InstanceState::Stopped, "");
                     Kind::Nothing
                 } else {
@@ -133,7 +134,7 @@ impl Registry {
             }
             Some(Known { kind: Kind::Nothing, .. }) | None if wanted => {
                 let span = span.unwrap_or_else(|| trace::start(&instance, &claim.spec.name, traceparent));
-                self.begin(claim, Begin::Claimed(span))
+                self.begin(inner, claim, Begin::Claimed(span))
             }
             // Not wanted, and nothing is here: that is all there is to say.
             Some(Known { kind: Kind::Nothing, .. }) | None => {
@@ -141,12 +142,12 @@ impl Registry {
                 Kind::Nothing
             }
         };
-        inner.known.insert(instance, Known { token, kind });
+        inner.instances.insert(instance, Known { token, kind });
     }
 
     /// What follows when no claim of this node covers an instance.
     async fn disown(&self, inner: &mut Inner, instance: &str, order: Option<&EndRun>) -> Option<Unowned> {
-        let known = inner.known.get(instance)?;
+        let known = inner.instances.get(instance)?;
         let token = known.token;
         let gone = match &known.kind {
             Kind::Nothing => {
@@ -154,10 +155,10 @@ impl Registry {
                 true
             }
             Kind::Dormant(claim, _) => {
-                if !adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance)) {
+                if !self.remove(instance) {
                     // A shim is at work: what comes of it is seen when this is looked at again.
                     let kind = Kind::Unknown(claim.clone());
-                    inner.known.insert(instance.to_owned(), Known { token, kind });
+                    inner.instances.insert(instance.to_owned(), Known { token, kind });
                     return None;
                 }
                 true
@@ -173,7 +174,7 @@ impl Registry {
             }
         };
         if gone {
-            inner.known.remove(instance);
+            inner.instances.remove(instance);
             return None;
         }
         let entry = self.context.board.get(instance)?;
@@ -184,7 +185,7 @@ impl Registry {
 
     /// Looks again at what could not be told.
     async fn look_again(&self, inner: &mut Inner) {
-        let unknown = inner.known.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(_)));
+        let unknown = inner.instances.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(_)));
         let unknown: Vec<String> = unknown.map(|(instance, _)| instance.clone()).collect();
         for instance in unknown {
             let (claim, directory, left) = adopt::look(self.context.clone(), instance.clone()).await;
@@ -197,17 +198,21 @@ impl Registry {
                     Kind::Supervised(supervisor::spawn(self.context.clone(), claim, directory, begin))
                 }
             };
-            inner.known.insert(instance, Known { token, kind });
+            inner.instances.insert(instance, Known { token, kind });
         }
     }
 
     /// Begins an instance: its directory first, then its supervisor.
-    fn begin(&self, claim: Claim, begin: Begin) -> Kind {
+    fn begin(&self, inner: &Inner, claim: Claim, begin: Begin) -> Kind {
+        inner.instances.begins(&claim.instance, claim.token, claim.memory_bytes);
         let directory = self.directory(&claim.instance);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.path());
-        let made = made.map_err(|e| format!("{}: {e}", directory.path().display()));
-        // Spec and record, where there are any, get the token first: no lower one can start anything from then on.
-        match made.and_then(|()| run::raise(&directory, &claim).map_err(|e| e.to_string())) {
+        let prepare = || {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.path());
+            made.map_err(|e| format!("{}: {e}", directory.path().display()))?;
+            // Spec and record, where there are any, get the token first: no lower one can start anything from then on.
+            run::raise(&directory, &claim).map_err(|e| e.to_string())
+        };
+        match block_in_place(prepare) {
             Ok(()) => {
                 failpoint::at(Step::StartClaimWritten);
                 let instance = claim.instance.clone();
@@ -217,15 +222,18 @@ impl Registry {
             }
             Err(error) => {
                 let message = format!("its directory can't be prepared; this is tried again: {error}");
-                self.post(&claim, InstanceState::Backoff, &message);
+                if self.post(&claim, InstanceState::Backoff, &message) {
+                    self.context.events.tell(&claim.instance, "BackOff", Severity::Warning, message);
+                }
                 Kind::Nothing
             }
         }
     }
 
-    /// Puts the state of an instance without a supervisor on the board.
-    fn post(&self, claim: &Claim, state: InstanceState, message: &str) {
+    /// Puts the state of an instance without a supervisor on the board. False when it is there already.
+    fn post(&self, claim: &Claim, state: InstanceState, message: &str) -> bool {
         let before = self.context.board.get(&claim.instance).filter(|e| e.state == state && e.message == message);
+        let is_news = before.is_none();
         let entry = Entry {
             token: claim.token,
             owned: true,
@@ -240,6 +248,12 @@ impl Registry {
             memory_bytes: 0,
         };
         self.context.board.set(&claim.instance, entry);
+        is_news
+    }
+
+    /// Removes the files of an instance without a process; false while a shim is at work there.
+    fn remove(&self, instance: &str) -> bool {
+        block_in_place(|| adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance)))
     }
 }
 

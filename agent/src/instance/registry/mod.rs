@@ -8,6 +8,7 @@ mod runs;
 
 pub use runs::Unowned;
 
+use self::runs::{Holds, Published};
 use super::{
     adopt::{self, Left},
     claim::Claim,
@@ -43,9 +44,56 @@ struct Known {
     kind: Kind,
 }
 
+/// What is known of each instance. What others are told of it follows every change at once.
+#[derive(Debug, Default)]
+struct Instances {
+    known: BTreeMap<String, Known>,
+    published: Arc<Published>,
+}
+
+impl Instances {
+    fn get(&self, instance: &str) -> Option<&Known> {
+        self.known.get(instance)
+    }
+
+    fn contains(&self, instance: &str) -> bool {
+        self.known.contains_key(instance)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&String, &Known)> {
+        self.known.iter()
+    }
+
+    fn insert(&mut self, instance: String, known: Known) {
+        let holds = match &known.kind {
+            Kind::Supervised(handle) => Holds::Process(handle.clone()),
+            Kind::Dormant(claim, _) => Holds::Files(claim.memory_bytes),
+            Kind::Unknown(claim) => Holds::Unknown(claim.memory_bytes),
+            Kind::Nothing => Holds::Nothing,
+        };
+        self.published.set(&instance, known.token, holds);
+        self.known.insert(instance, known);
+    }
+
+    /// Takes what is known out, to put something in its place: for others nothing has changed until that is done.
+    fn take(&mut self, instance: &str) -> Option<Known> {
+        self.known.remove(instance)
+    }
+
+    /// Says that an instance is about to be begun: from then on it counts as one that may have a process.
+    fn begins(&self, instance: &str, token: Token, memory_bytes: i64) {
+        self.published.set(instance, token, Holds::Unknown(memory_bytes));
+    }
+
+    fn remove(&mut self, instance: &str) {
+        self.known.remove(instance);
+        self.published.remove(instance);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inner {
-    known: BTreeMap<String, Known>,
+    instances: Instances,
     /// Claims under way, with the memory that they would reserve.
     claiming: BTreeMap<String, i64>,
     /// The set of claims applied last, and the session that it came with.
@@ -56,13 +104,15 @@ struct Inner {
 #[derive(Debug)]
 pub struct Registry {
     context: Arc<Context>,
+    /// Held while a launch is waited for, which may take long: who only wants to know what runs reads `published`.
     inner: Mutex<Inner>,
+    published: Arc<Published>,
 }
 
 impl Registry {
     /// Takes back what earlier agents left, then gives the proxy the routes to it.
     pub async fn adopt(context: Arc<Context>) -> io::Result<Self> {
-        let mut known = BTreeMap::new();
+        let mut instances = Instances::default();
         for (claim, directory, left) in adopt::scan(&context).await? {
             let (instance, token) = (claim.instance.clone(), claim.token);
             let kind = match left {
@@ -80,11 +130,12 @@ impl Registry {
                     Kind::Unknown(Box::new(claim))
                 }
             };
-            known.insert(instance, Known { token, kind });
+            instances.insert(instance, Known { token, kind });
         }
         context.routes.announce();
         failpoint::at(Step::AdoptRouted);
-        Ok(Self { context, inner: Mutex::new(Inner { known, ..Inner::default() }) })
+        let published = instances.published.clone();
+        Ok(Self { context, inner: Mutex::new(Inner { instances, ..Inner::default() }), published })
     }
 
     /// What all instances share.

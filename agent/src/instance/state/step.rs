@@ -4,6 +4,8 @@ use super::{Action, Ended, Event, Health, Phase, Policy, Process, State};
 
 /// Between a SIGKILL and the next, should the first not have helped (a process in state D ends when it leaves it).
 const KILL_AGAIN_MS: u64 = 5_000;
+/// Between SIGTERM and SIGKILL when the end is forced.
+const FORCED_GRACE_MS: u64 = 2_000;
 /// The drain itself ends in time; this is for one that does not.
 const DRAIN_SLACK_MS: u64 = 2_000;
 
@@ -33,11 +35,13 @@ impl Step<'_> {
             }
             Event::Want(true) => {
                 self.state.wanted = true;
+                self.state.forced = false;
                 if matches!(phase, Phase::Claimed | Phase::Stopped) {
                     self.launch();
                 }
             }
             Event::Want(false) => self.unwanted(),
+            Event::Force => self.forced(),
             Event::Launched => self.launched(),
             Event::LaunchFailed { message, retry } => self.launch_failed(message, retry),
             Event::Probed(health) => self.probed(health),
@@ -74,8 +78,12 @@ impl Step<'_> {
     }
 
     fn terminate(&mut self) {
-        self.enter(Phase::Stopping, Some(self.policy.grace_ms));
+        self.enter(Phase::Stopping, Some(self.grace_ms()));
         self.actions.push(Action::Terminate);
+    }
+
+    fn grace_ms(&self) -> u64 {
+        if self.state.forced { self.policy.grace_ms.min(FORCED_GRACE_MS) } else { self.policy.grace_ms }
     }
 
     fn stopped(&mut self) {
@@ -95,6 +103,24 @@ impl Step<'_> {
                 self.actions.extend([Action::Close, Action::Drain(self.policy.drain_ms)]);
             }
             Phase::Draining | Phase::Stopping | Phase::Stopped => {}
+        }
+    }
+
+    fn forced(&mut self) {
+        self.state.wanted = false;
+        self.state.forced = true;
+        match self.state.phase {
+            Phase::Ready | Phase::Suspect => {
+                self.actions.push(Action::Close);
+                self.terminate();
+            }
+            Phase::Draining => self.terminate(),
+            // It was asked to end already: what is left of its grace is shortened, never prolonged.
+            Phase::Stopping if self.state.process == Process::Alive => {
+                let due = self.now_ms + self.grace_ms();
+                self.state.deadline_ms = Some(self.state.deadline_ms.map_or(due, |before| before.min(due)));
+            }
+            _ => self.unwanted(),
         }
     }
 
@@ -122,7 +148,7 @@ impl Step<'_> {
         } else if retry {
             // An attempt that started nothing proves nothing about the server: it never adds up to a crash loop.
             self.state.quick_ends = (self.state.quick_ends + 1).min(self.policy.quick_ends_max.saturating_sub(1));
-            self.back_off(message);
+            self.back_off(message, "");
         } else {
             self.fail(message);
         }
@@ -136,10 +162,16 @@ impl Step<'_> {
                 self.state.ready_since_ms = Some(self.now_ms);
                 self.actions.push(Action::Open);
             }
+            // Nothing is wrong with the process: it is left alone, and gets no requests.
+            (Phase::Loading, Health::Other(what)) => {
+                self.enter(Phase::Suspect, None);
+                self.state.message = what;
+            }
             (Phase::Ready, Health::Ok) => {
                 self.state.streak = 0;
                 if self.state.ready_since_ms.is_some_and(|since| self.now_ms - since >= self.policy.stable_ms) {
                     self.state.quick_ends = 0;
+                    self.state.attempts = 1;
                 }
             }
             (Phase::Ready, failing) => {
@@ -147,7 +179,7 @@ impl Step<'_> {
                 if self.state.streak >= self.policy.suspect_after {
                     self.enter(Phase::Suspect, None);
                     self.state.message = match failing {
-                        Health::Failing(what) => format!("probes fail: {what}"),
+                        Health::Failing(what) | Health::Other(what) => format!("probes fail: {what}"),
                         _ => "probes fail: it says that it loads the model".to_owned(),
                     };
                     self.actions.push(Action::Close);
@@ -158,8 +190,13 @@ impl Step<'_> {
                 if self.state.streak >= self.policy.ready_after {
                     self.enter(Phase::Ready, None);
                     self.state.message.clear();
+                    self.state.ready_since_ms.get_or_insert(self.now_ms);
                     self.actions.push(Action::Open);
                 }
+            }
+            (Phase::Suspect, Health::Other(what)) => {
+                self.state.streak = 0;
+                self.state.message = what;
             }
             (Phase::Suspect, _) => self.state.streak = 0,
             _ => {}
@@ -202,12 +239,11 @@ impl Step<'_> {
         match phase {
             // Ended by us, for lack of progress (which was counted then), or wanted again meanwhile.
             Phase::Draining | Phase::Stopping => {}
-            // It has looked at the model or its arguments and given up: the same start would end the same way.
             Phase::Loading if gave_up => {
                 self.fail(format!("the model can't be served: llama-server {reason}"));
                 return;
             }
-            _ if served_ms >= self.policy.stable_ms => self.state.quick_ends = 1,
+            _ if served_ms >= self.policy.stable_ms => (self.state.quick_ends, self.state.attempts) = (1, 1),
             _ => self.state.quick_ends += 1,
         }
         if self.state.quick_ends >= self.policy.quick_ends_max {
@@ -216,7 +252,11 @@ impl Step<'_> {
         } else {
             let why = std::mem::take(&mut self.state.message);
             let comma = if why.is_empty() { "" } else { ": " };
-            self.back_off(format!("{why}{comma}llama-server {reason}"));
+            let bound = self.policy.quick_ends_max;
+            self.back_off(
+                format!("{why}{comma}llama-server {reason}"),
+                &format!("; {bound} quick ends are a crash loop"),
+            );
         }
     }
 
@@ -225,13 +265,15 @@ impl Step<'_> {
         self.state.message = message;
     }
 
-    fn back_off(&mut self, message: String) {
+    fn back_off(&mut self, message: String, bound: &str) {
         let exponent = self.state.quick_ends.saturating_sub(1).min(20);
         let pause = (self.policy.backoff_first_ms << exponent).min(self.policy.backoff_max_ms);
         // ±20 %, so that what failed together does not start together.
         let jitter = pause * (self.seed % 401) / 1000;
         let pause = pause - pause / 5 + jitter;
         self.enter(Phase::Backoff, Some(pause));
-        self.state.message = format!("{message}; it is started again in {pause} ms");
+        self.state.attempts = self.state.attempts.saturating_add(1);
+        let attempt = self.state.attempts;
+        self.state.message = format!("{message}; it is started again in {pause} ms (attempt {attempt}{bound})");
     }
 }

@@ -28,6 +28,11 @@ fn exit(code: i32) -> Event {
     Event::Ended(Ended { code: Some(code), last_lines: "the last line".to_owned(), ..Ended::default() })
 }
 
+fn refused() -> Event {
+    let cause = Cause::Refused;
+    Event::Ended(Ended { code: Some(1), last_lines: "the last line".to_owned(), cause, ..Ended::default() })
+}
+
 #[test]
 fn a_start_goes_through_its_phases() {
     let (state, actions) = run([Event::Begin]);
@@ -70,6 +75,66 @@ fn a_stop_drains_first_then_asks_then_kills() {
 }
 
 #[test]
+fn force_ends_the_wait_for_requests_and_shortens_the_grace() {
+    let policy = policy();
+    assert!(policy.grace_ms > 2_000);
+    let ready = run([Event::Begin, Event::Launched, ok()]).0;
+    let (state, actions) = ready.clone().step(Event::Force, 100, &policy, 0);
+    assert_eq!((state.wanted, state.phase, actions), (false, Phase::Stopping, vec![Action::Close, Action::Terminate]));
+    assert_eq!(state.deadline_ms, Some(2_100));
+    // Draining already: its requests are waited for no more.
+    let draining = ready.step(Event::Want(false), 0, &policy, 0).0;
+    let (state, actions) = draining.clone().step(Event::Force, 100, &policy, 0);
+    assert_eq!((state.phase, actions, state.deadline_ms), (Phase::Stopping, vec![Action::Terminate], Some(2_100)));
+    // Asked to end already: not asked again, which llama-server would take for "at once"; killed sooner, and never later.
+    let stopping = draining.step(Event::Drained, 10, &policy, 0).0;
+    let (state, actions) = stopping.step(Event::Force, 100, &policy, 0);
+    assert_eq!((actions, state.deadline_ms), (vec![], Some(2_100)));
+    let (state, _) = state.step(Event::Force, 1_000, &policy, 0);
+    assert_eq!(state.deadline_ms, Some(2_100));
+    assert_eq!(state.step(Event::Tick, 2_100, &policy, 0).1, [Action::Kill]);
+    // What is being launched is ended as soon as it is there.
+    let (state, _) = run([Event::Begin, Event::Force]);
+    let (state, actions) = state.step(Event::Launched, 500, &policy, 0);
+    assert_eq!((actions, state.deadline_ms), (vec![Action::Terminate], Some(2_500)));
+    // And what has nothing to end has stopped.
+    let (state, actions) = run([Event::Begin, Event::Launched, exit(3), Event::Force]);
+    assert_eq!((state.phase, actions), (Phase::Stopped, vec![]));
+}
+
+#[test]
+fn a_server_of_another_model_gets_no_requests_and_is_not_ended() {
+    let other = || Event::Probed(Health::Other("the server serves b, not a".to_owned()));
+    let (mut state, actions) = run([Event::Begin, Event::Launched, other()]);
+    assert_eq!((state.phase, state.deadline_ms, actions), (Phase::Suspect, None, vec![]));
+    assert!(state.message.contains("serves b, not a"));
+    let mut now = 1_000;
+    for event in [ok(), ok(), other(), Event::Tick, ok(), ok()] {
+        now += policy().load_timeout_ms;
+        let (next, actions) = state.step(event, now, &policy(), 0);
+        assert_eq!((next.phase, actions), (Phase::Suspect, vec![]));
+        state = next;
+    }
+    let (state, actions) = state.step(ok(), now, &policy(), 0);
+    assert_eq!((state.phase, actions), (Phase::Ready, vec![Action::Open]));
+}
+
+#[test]
+fn the_attempt_and_the_next_try_are_told() {
+    let (state, _) = run([Event::Begin, Event::Launched, exit(3)]);
+    assert_eq!(
+        state.message,
+        "llama-server exited with code 3; its log ends with: the last line; it is started again in 500 ms \
+         (attempt 2; 5 quick ends are a crash loop)"
+    );
+    let failed = || Event::LaunchFailed { message: "no disk".to_owned(), retry: true };
+    let (state, _) = run([Event::Begin, failed()]);
+    let (state, _) = state.step(Event::Tick, 5_000, &policy(), 200);
+    let (state, _) = state.step(failed(), 5_000, &policy(), 200);
+    assert_eq!(state.message, "no disk; it is started again in 1000 ms (attempt 3)");
+}
+
+#[test]
 fn a_stop_wins_over_a_start_in_flight() {
     let (state, actions) = run([Event::Begin, Event::Want(false)]);
     assert_eq!((state.phase, state.process, actions), (Phase::Stopping, Process::Launching, vec![]));
@@ -81,7 +146,7 @@ fn a_stop_wins_over_a_start_in_flight() {
 
 #[test]
 fn a_model_that_can_not_be_loaded_fails_with_the_last_line_and_is_not_tried_again() {
-    let (state, _) = run([Event::Begin, Event::Launched, exit(1)]);
+    let (state, _) = run([Event::Begin, Event::Launched, refused()]);
     assert_eq!((state.phase, state.deadline_ms), (Phase::Failed, None));
     assert!(state.message.contains("exited with code 1") && state.message.contains("the last line"));
     let killed = Event::Ended(Ended { signal: Some(9), ..Ended::default() });
@@ -94,10 +159,11 @@ fn a_model_that_can_not_be_loaded_fails_with_the_last_line_and_is_not_tried_agai
 
 #[test]
 fn only_its_own_report_of_a_bad_model_or_argument_makes_a_loading_server_fail_for_good() {
-    for code in [0, 2, 125, 134, 137, 139, 255] {
+    for code in [0, 1, 2, 125, 134, 137, 139, 255] {
         assert_eq!(run([Event::Begin, Event::Launched, exit(code)]).0.phase, Phase::Backoff, "exit code {code}");
     }
-    assert_eq!(run([Event::Begin, Event::Launched, exit(1)]).0.phase, Phase::Failed);
+    assert_eq!(run([Event::Begin, Event::Launched, refused()]).0.phase, Phase::Failed);
+    assert_eq!(run([Event::Begin, Event::Launched, ok(), refused()]).0.phase, Phase::Backoff, "it has served already");
 }
 
 #[test]
@@ -245,8 +311,11 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(failing()),
         Just(Event::Probed(Health::Loading)),
         Just(Event::Progress),
+        Just(Event::Force),
+        Just(Event::Probed(Health::Other("another model".to_owned()))),
         Just(Event::Drained),
         (0..2).prop_map(exit),
+        Just(refused()),
         Just(Event::Ended(Ended { signal: Some(9), ..Ended::default() })),
         Just(Event::Tick),
     ]
@@ -274,7 +343,7 @@ proptest! {
                     Action::Close => open = false,
                     Action::Terminate | Action::Kill => {
                         prop_assert!(
-                            !(before.wanted && matches!(before.phase, Phase::Ready | Phase::Suspect) && event != Event::Want(false)),
+                            !(before.wanted && matches!(before.phase, Phase::Ready | Phase::Suspect) && !matches!(event, Event::Want(false) | Event::Force)),
                             "ended a wanted, ready server"
                         );
                         prop_assert_eq!(after.process, Process::Alive);

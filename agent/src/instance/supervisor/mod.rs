@@ -63,6 +63,8 @@ struct Supervisor {
     since: Timestamp,
     spans: Spans,
     run: Option<(Arc<Living>, Record)>,
+    /// The process that ended last; 0 when the present attempt has had none yet.
+    ended_pid: i32,
     /// Tasks of the present run; ended with it.
     tasks: JoinSet<()>,
     /// Which run a message is about: those of an earlier one are void.
@@ -100,6 +102,7 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         since,
         spans,
         run,
+        ended_pid: 0,
         tasks: JoinSet::new(),
         number: 0,
         messages,
@@ -108,6 +111,7 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
     };
     // Before anybody can look: an instance is never missing from the board between two sets of claims.
     supervisor.publish();
+    supervisor.tell_of(None);
     supervisor.context.routes.prepare(supervisor.route());
     let span = info_span!(target: "instance", "instance", id = supervisor.claim.instance);
     tokio::spawn(supervisor.serve(inbox, outcomes).instrument(span));
@@ -136,6 +140,7 @@ impl Supervisor {
                             self.take(Event::Want(wanted)).await;
                         }
                     }
+                    Some(Command::Force) => self.take(Event::Force).await,
                     Some(Command::Restore(claim)) => self.restore(*claim),
                     Some(Command::Raise(token, answer)) => {
                         self.raises.push((token, answer));
@@ -164,6 +169,7 @@ impl Supervisor {
             Message::Event(event) => {
                 if matches!(event, Event::Ended(_)) {
                     failpoint::at(Step::StopSettled);
+                    self.ended_pid = self.pid();
                     self.run = None;
                     self.tasks = JoinSet::new();
                 }
@@ -173,6 +179,13 @@ impl Supervisor {
                 self.run = Some((run.living, run.record));
                 self.take(Event::Launched).await;
                 self.watch();
+                self.settle_raises().await;
+            }
+            // It ran, however short: that is a launch and an end, which counts as every other one does.
+            Message::Launched(Err(run::Failed { ended: Some((pid, ended)), .. })) => {
+                self.take(Event::Launched).await;
+                self.ended_pid = pid;
+                self.take(Event::Ended(ended)).await;
                 self.settle_raises().await;
             }
             Message::Launched(Err(failed)) => {
@@ -192,6 +205,7 @@ impl Supervisor {
             let why = if self.state.message.is_empty() { String::new() } else { format!(": {}", self.state.message) };
             tracing::info!(from = ?before.phase, pid = self.pid(), token = %self.claim.token, "{:?}{why}", self.state.phase);
             self.keep();
+            self.tell_of(Some(before.phase));
         }
         // A route is in force before its consequence is told: who hears "ready" may send requests at once.
         for action in actions {

@@ -1,19 +1,22 @@
 //! The present run: its launch, and the tasks that watch, probe and time its process until it ends.
 
 use super::{
-    super::{health, run, state::Event},
+    super::{
+        arguments, health, run,
+        state::{Event, Health, Phase},
+    },
     Message, Supervisor,
 };
 use drover_shim::failpoint::{self, Step};
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 use tokio::task::JoinSet;
 use tracing::{Instrument as _, Span};
 
 /// Pause between probes while the model loads, and when it is loaded.
 const PROBE_LOADING: Duration = Duration::from_millis(50);
 const PROBE_SERVING: Duration = Duration::from_secs(1);
-/// How often a loading process is asked whether it has done anything. That is measured by its processor time alone: one
-/// that only waits for a slow disk or for a GPU uses none meanwhile, so `load_timeout_ms` must outlast such a wait.
+/// How often a loading process is asked whether it has done anything: used the processor, or read. One that waits for a
+/// GPU does neither, so `load_timeout_ms` must outlast such a wait.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Supervisor {
@@ -21,6 +24,7 @@ impl Supervisor {
         self.number += 1;
         self.tasks = JoinSet::new();
         self.claim.restarts = self.state.restarts;
+        self.ended_pid = 0;
         let (context, claim, directory) = (self.context.clone(), self.claim.clone(), self.directory.clone());
         let (messages, number) = (self.messages.clone(), self.number);
         // Not among the run's tasks: a launch can't be called back, and its outcome must be heard.
@@ -37,18 +41,24 @@ impl Supervisor {
     pub(super) fn watch(&mut self) {
         let Some((living, record)) = &self.run else { return };
         let (living, record, directory) = (living.clone(), record.clone(), self.directory.clone());
-        let watched = living.clone();
+        let (watched, of) = (living.clone(), record.clone());
         // In no span: it lives as long as the process, and would keep the start's span open.
         self.task(Span::none(), async move {
             watched.ended().await;
             failpoint::at(Step::StopEnded);
-            Event::Ended(run::ended(&directory, Some(&record)).await)
+            Event::Ended(run::ended(&directory, Some(&of)).await)
         });
         let (messages, number, socket) = (self.messages.clone(), self.number, self.socket.clone());
+        let model = arguments::model_of(&record.arguments).map(Path::to_owned).unwrap_or_default();
+        // An adopted one that is ready has said what it serves.
+        let mut confirmed = self.state.phase == Phase::Ready;
         let mut loading = self.loading.subscribe();
         self.tasks.spawn(async move {
             loop {
-                let health = health::probe(&socket).await;
+                // What serves on the socket is asked until it has said the right thing once: a process does not change its model.
+                let health =
+                    if confirmed { health::probe(&socket).await } else { health::probe_for(&socket, &model).await };
+                confirmed |= health == Health::Ok;
                 // The next probe begins after this one has ended: none piles up on another.
                 if messages.send((number, Message::Event(Event::Probed(health)))).await.is_err() {
                     return;
@@ -59,14 +69,14 @@ impl Supervisor {
         });
         let (messages, mut loading) = (self.messages.clone(), self.loading.subscribe());
         self.tasks.spawn(async move {
-            let mut used = living.cpu_ticks();
+            let mut done = living.work();
             while *loading.borrow_and_update() {
                 let _ = tokio::time::timeout(PROGRESS_INTERVAL, loading.changed()).await;
-                let now = living.cpu_ticks();
-                if now != used && messages.send((number, Message::Event(Event::Progress))).await.is_err() {
+                let now = living.work();
+                if now != done && messages.send((number, Message::Event(Event::Progress))).await.is_err() {
                     return;
                 }
-                used = now;
+                done = now;
             }
         });
     }

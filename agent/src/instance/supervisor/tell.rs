@@ -5,6 +5,7 @@ use super::{
     Supervisor,
 };
 use crate::proxy::{Route, RouteState};
+use drover_proto::v1::Severity;
 use tracing::info_span;
 
 impl Supervisor {
@@ -26,6 +27,30 @@ impl Supervisor {
             Phase::Failed | Phase::Backoff => self.spans.end(Some(&self.state.message)),
             _ => {}
         }
+    }
+
+    /// What goes into the history beside the states: a state that soon passes may never be reported. `before` is the phase
+    /// that was left; `None` when this agent has just taken the instance over.
+    pub(super) fn tell_of(&self, before: Option<Phase>) {
+        let (token, message) = (self.claim.token, &self.state.message);
+        let (reason, severity, what) = match (self.state.phase, before) {
+            (Phase::Backoff, None) => (
+                "BackOff",
+                Severity::Warning,
+                format!("token {token}, ended while no agent ran: llama-server {message}; it is started again"),
+            ),
+            (Phase::Backoff, Some(before)) => {
+                let pid = if self.ended_pid == 0 { String::new() } else { format!("pid {}, ", self.ended_pid) };
+                ("BackOff", Severity::Warning, format!("{pid}token {token}, was {before:?}: {message}"))
+            }
+            (Phase::Ready | Phase::Loading, None) => {
+                let and = if self.state.phase == Phase::Ready { "and answers" } else { "and does not answer yet" };
+                let pid = self.pid();
+                ("Adopted", Severity::Info, format!("pid {pid}, token {token}: taken back by a new agent, {and}"))
+            }
+            _ => return,
+        };
+        self.context.events.tell(&self.claim.instance, reason, severity, what);
     }
 
     pub(super) fn route(&self) -> Route {

@@ -76,6 +76,11 @@ impl Connections {
         self.open.len()
     }
 
+    /// Waits until the clients have closed all of them.
+    pub async fn closed(&mut self) {
+        while self.open.join_next().await.is_some() {}
+    }
+
     /// Lets answers finish for at most `within` and cuts what is left.
     pub async fn drain(mut self, within: Duration) {
         if timeout(within, self.graceful.shutdown()).await.is_err() {

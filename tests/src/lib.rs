@@ -7,4 +7,5 @@ pub mod cluster;
 pub mod collector;
 pub mod etcd;
 pub mod gateway;
+pub mod load;
 pub mod programs;

@@ -73,11 +73,12 @@ pub(super) fn machine(view: &View, findings: &mut Vec<Finding>) -> FileReport {
 }
 
 pub(super) fn sockets(view: &View, instances: &[Instance], findings: &mut Vec<Finding>) -> Vec<Socket> {
-    let own = proxy_socket(view);
+    // The second one while a proxy is upgraded.
+    let own = [proxy_socket(view), view.runtime_dir.join("proxy-next.sock")];
     let mut sockets = Vec::new();
     for path in entries(&view.runtime_dir, findings) {
         let is_socket = fs::symlink_metadata(&path).is_ok_and(|file| file.file_type().is_socket());
-        if !is_socket || path == own || instances.iter().any(|instance| instance.socket == path) {
+        if !is_socket || own.contains(&path) || instances.iter().any(|instance| instance.socket == path) {
             continue;
         }
         let serving = view.llama_server.as_deref().and_then(|program| traces::serves(&path, program));

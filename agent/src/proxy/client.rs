@@ -6,6 +6,7 @@
 use super::{
     ProxySettings,
     peer::{self, END_MARGIN, Peer},
+    retired::{self, Retired},
     route::Route,
     spawn,
     wire::{FromAgent, FromProxy},
@@ -30,25 +31,38 @@ pub use peer::end_at;
 
 /// What the proxy should do.
 #[derive(Debug, Default, Clone)]
-struct Desired {
-    sequence: u64,
+pub(super) struct Desired {
+    pub(super) sequence: u64,
     /// None until the agent has said so once: a proxy found alive keeps its routes until then.
-    routes: Option<Arc<Vec<Route>>>,
-    end: Option<Duration>,
+    pub(super) routes: Option<Arc<Vec<Route>>>,
+    pub(super) end: Option<Duration>,
 }
 
 /// What is known of it.
 #[derive(Debug, Default, Clone)]
-struct Observed {
+pub(super) struct Observed {
     connected: bool,
     address: Option<SocketAddr>,
     pid: u32,
     version: String,
     applied: u64,
     in_flight: BTreeMap<String, u64>,
+    /// Proxies that end and have requests in flight still, by pid.
+    pub(super) retired: BTreeMap<u32, Retired>,
     failures: u32,
     error: String,
     ended: Option<Result<(), String>>,
+}
+
+impl Observed {
+    /// Whether routes of this sequence are in force everywhere and an instance has no request in flight.
+    fn is_drained(&self, instance: &str, sequence: u64) -> bool {
+        let idle =
+            |applied: u64, in_flight: &BTreeMap<String, u64>| applied >= sequence && !in_flight.contains_key(instance);
+        self.connected
+            && idle(self.applied, &self.in_flight)
+            && self.retired.values().all(|retired| idle(retired.applied, &retired.in_flight))
+    }
 }
 
 /// A cheap handle on the host's proxy.
@@ -115,17 +129,19 @@ impl ProxyHandle {
         self.wait_for(within, |o| o.connected && o.applied >= sequence).await
     }
 
-    /// Requests of an instance in flight, as the proxy last told.
+    /// Requests of an instance in flight, as the proxy last told, and those that were upgraded and drain still.
     #[must_use]
     pub fn in_flight(&self, instance: &str) -> u64 {
-        self.0.observed.borrow().in_flight.get(instance).copied().unwrap_or(0)
+        let observed = self.0.observed.borrow();
+        let all = observed.retired.values().map(|retired| &retired.in_flight).chain([&observed.in_flight]);
+        all.filter_map(|in_flight| in_flight.get(instance)).sum()
     }
 
     /// Waits until the routes set last are in force and an instance has no request in flight: set its route to draining (or
     /// leave it out) first. False when requests are left, or the proxy is away, at the end of the time.
     pub async fn wait_drained(&self, instance: &str, within: Duration) -> bool {
         let sequence = self.0.desired.borrow().sequence;
-        self.wait_for(within, |o| o.connected && o.applied >= sequence && !o.in_flight.contains_key(instance)).await
+        self.wait_for(within, |o| o.is_drained(instance, sequence)).await
     }
 
     async fn wait_for(&self, within: Duration, condition: impl FnMut(&Observed) -> bool) -> bool {
@@ -174,6 +190,8 @@ enum Over {
     Ended(Result<(), String>),
     /// The agent's handle is gone.
     Released,
+    /// It is about to end, and has a successor started; with the sequence of the routes that it was given.
+    Retiring(Box<Peer>, u64),
     /// Otherwise: look again.
     Lost,
 }
@@ -202,6 +220,17 @@ impl Supervisor {
                         return;
                     }
                     Ok(Over::Released) => return,
+                    Ok(Over::Retiring(peer, sent)) => {
+                        self.retire(*peer, sent);
+                        reap(child.take());
+                        match self.start(true).await {
+                            Ok(started) => {
+                                child = Some(started);
+                                continue;
+                            }
+                            Err(error) => Some(format!("no successor of the proxy that ends: {error:#}")),
+                        }
+                    }
                     Ok(Over::Lost) => None,
                     Err(error) => Some(format!("its control connection broke: {error}")),
                 },
@@ -212,7 +241,7 @@ impl Supervisor {
                     self.observed.send_modify(|o| o.ended = Some(Ok(())));
                     return;
                 }
-                Err(error) if peer::nobody_listens(&error) => match self.start().await {
+                Err(error) if peer::nobody_listens(&error) => match self.start(false).await {
                     Ok(started) => {
                         child = Some(started);
                         continue;
@@ -229,28 +258,33 @@ impl Supervisor {
                     o.error = problem;
                 }
             });
-            if let Some(mut gone) = child.take() {
-                // One that was told to end by somebody else may drain for a while yet; it is only waited for.
-                tokio::spawn(async move {
-                    if let Ok(status) = gone.wait().await {
-                        tracing::info!(%status, "a proxy has ended");
-                    }
-                });
-            }
+            reap(child.take());
             delay = if began.elapsed() > RETRY_MAX { RETRY_MIN } else { (delay * 2).min(RETRY_MAX) };
             sleep(delay).await;
         }
     }
 
+    /// Attends to a proxy that is about to end, beside its successor.
+    fn retire(&mut self, peer: Peer, sent: u64) {
+        let pid = peer.hello.pid;
+        self.observed.send_modify(|o| {
+            o.retired.insert(pid, Retired { applied: o.applied, in_flight: std::mem::take(&mut o.in_flight) });
+            (o.connected, o.applied) = (false, 0);
+        });
+        tokio::spawn(retired::attend(peer, sent, self.desired.clone(), self.observed.clone()));
+    }
+
     /// Starts a proxy and waits until its socket accepts.
-    async fn start(&mut self) -> anyhow::Result<Child> {
-        let mut child = spawn::spawn(&self.settings, self.known)?;
+    async fn start(&mut self, take_over: bool) -> anyhow::Result<Child> {
+        let mut child = spawn::spawn(&self.settings, self.known, take_over)?;
         let accepting = async {
             loop {
                 if let Some(status) = child.try_wait().context("the proxy can't be waited for")? {
                     bail!("the proxy ended at its start with {status}: {}", spawn::last_words(&self.settings));
                 }
-                if Peer::connect(&self.settings.control_socket()).await.is_ok() {
+                // Where a listener is taken over the socket is the other one's at first.
+                let peer = Peer::connect(&self.settings.control_socket()).await;
+                if peer.is_ok_and(|peer| child.id() == Some(peer.hello.pid)) {
                     return Ok(());
                 }
                 sleep(START_POLL).await;
@@ -301,7 +335,11 @@ impl Supervisor {
                         self.observed.send_modify(|o| (o.applied, o.in_flight) = (applied, in_flight));
                     }
                     Some(FromProxy::Hello { .. }) => {}
-                    Some(FromProxy::Ending) | None => {
+                    Some(FromProxy::Ending) => {
+                        tracing::info!(pid, "the proxy is about to end: a successor is started");
+                        return Ok(Over::Retiring(Box::new(peer), sent));
+                    }
+                    None => {
                         tracing::warn!(pid, "the proxy has ended: another is started");
                         return Ok(Over::Lost);
                     }
@@ -309,4 +347,14 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// Waits for a proxy that has ended, or will: one that was told to end by somebody else may drain for a while yet.
+fn reap(child: Option<Child>) {
+    let Some(mut child) = child else { return };
+    tokio::spawn(async move {
+        if let Ok(status) = child.wait().await {
+            tracing::info!(%status, "a proxy has ended");
+        }
+    });
 }

@@ -24,16 +24,43 @@ const STATE_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Control {
     pub(super) table: Arc<Table>,
     pub(super) address: SocketAddr,
-    /// Cancelled when the proxy is to drain and end.
+    /// Cancelled by the order to drain and end.
     pub(super) shutdown: CancellationToken,
     /// How long to drain, if the order names it.
     pub(super) drain: Arc<std::sync::Mutex<Option<Duration>>>,
+    /// Cancelled when the proxy is about to end and a successor is to be started.
+    pub(super) retiring: CancellationToken,
+    /// Cancelled when routes were given for the first time.
+    pub(super) routed: CancellationToken,
+    places: Arc<Semaphore>,
 }
 
 impl Control {
+    pub(super) fn new(table: Arc<Table>, address: SocketAddr) -> Self {
+        Self {
+            table,
+            address,
+            shutdown: CancellationToken::new(),
+            drain: Arc::default(),
+            retiring: CancellationToken::new(),
+            routed: CancellationToken::new(),
+            places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        }
+    }
+
+    /// Whether anybody is connected: an agent, that is, which can start a successor.
+    pub(super) fn has_peers(&self) -> bool {
+        self.places.available_permits() < CONNECTIONS_MAX
+    }
+
+    /// Waits until nobody is connected.
+    pub(super) async fn deserted(&self) {
+        // All places are free then; the semaphore is never closed.
+        let _ = self.places.acquire_many(CONNECTIONS_MAX as u32).await;
+    }
+
     /// Accepts connections until dropped.
     pub(super) async fn accept(self, listener: UnixListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
@@ -43,7 +70,7 @@ impl Control {
                     continue;
                 }
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
+            let Ok(place) = self.places.clone().try_acquire_owned() else {
                 tracing::warn!("too many control connections: one is refused");
                 continue;
             };
@@ -81,6 +108,7 @@ impl Control {
                     Some(FromAgent::Routes { sequence, routes }) => {
                         tracing::debug!(sequence, routes = routes.len(), "routes are in force");
                         self.table.replace(routes);
+                        self.routed.cancel();
                         applied = sequence;
                     }
                     Some(FromAgent::End { within_ms }) => {
@@ -90,7 +118,7 @@ impl Control {
                     }
                 },
                 () = next_change(&mut changed) => {}
-                () = self.shutdown.cancelled(), if !ending => {
+                () = self.retiring.cancelled(), if !ending => {
                     ending = true;
                     send(&mut writer, &FromProxy::Ending).await?;
                 }

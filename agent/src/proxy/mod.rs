@@ -9,9 +9,11 @@ mod answer;
 pub mod client;
 mod control;
 mod forward;
+mod hand_over;
 mod logs;
 mod own_log;
 mod peer;
+mod retired;
 pub mod route;
 mod serve;
 mod spawn;
@@ -83,6 +85,11 @@ impl ProxySettings {
         self.state_dir.join("proxy.log")
     }
 
+    /// Where a proxy that is about to end offers its listener.
+    fn next_socket(&self) -> PathBuf {
+        self.runtime_dir.join("proxy-next.sock")
+    }
+
     fn lock_file(&self) -> PathBuf {
         self.runtime_dir.join("proxy.lock")
     }
@@ -102,6 +109,9 @@ pub struct Args {
     /// Port to try first when the port of --listen is 0.
     #[arg(long)]
     prefer_port: Option<u16>,
+    /// Take over the listener of a proxy that is about to end, if one offers it.
+    #[arg(long)]
+    take_over: bool,
     /// Folder of the control socket.
     #[arg(long)]
     runtime_dir: PathBuf,
@@ -135,7 +145,8 @@ impl Args {
 }
 
 /// The whole life of a proxy process: leaves its spawner's session, logs to standard error, serves until SIGTERM, SIGINT or
-/// an order over the control socket, drains and returns.
+/// an order over the control socket, drains and returns. A signal hands the listener over to a successor first, where an agent
+/// starts one: that is how a proxy is upgraded.
 ///
 /// # Errors
 /// The settings are refused, another proxy serves the same folder, or an address can't be bound.
@@ -144,7 +155,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let _ = nix::unistd::setsid();
     let settings = args.settings();
     own_log::init(&settings.log_filter)?;
-    let ended = serve_until_told(&settings, args.prefer_port).await;
+    let ended = serve_until_told(&settings, args.prefer_port, args.take_over).await;
     if let Err(error) = &ended {
         // In one line, for the agent that looks for the reason.
         tracing::error!("{error:#}");
@@ -152,11 +163,14 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     ended
 }
 
-async fn serve_until_told(settings: &ProxySettings, prefer_port: Option<u16>) -> anyhow::Result<()> {
+async fn serve_until_told(settings: &ProxySettings, prefer_port: Option<u16>, take_over: bool) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .context("the proxy can't listen for SIGTERM")?;
-    let proxy = Proxy::bind(settings, prefer_port)?;
+    let proxy = match take_over {
+        true => Proxy::take_over(settings, prefer_port).await?,
+        false => Proxy::bind(settings, prefer_port)?,
+    };
     let bounded = tokio::spawn(own_log::keep_bounded(settings.log_file()));
     let asked = shutdown.clone();
     let signals = tokio::spawn(async move {
@@ -179,5 +193,5 @@ async fn serve_until_told(settings: &ProxySettings, prefer_port: Option<u16>) ->
 /// # Errors
 /// As [`run`].
 pub async fn serve(settings: ProxySettings) -> anyhow::Result<()> {
-    serve_until_told(&settings, None).await
+    serve_until_told(&settings, None, false).await
 }

@@ -5,30 +5,38 @@ use super::{
     ProxySettings,
     answer::{self, Body, Code},
     control::Control,
-    forward, logs,
+    forward,
+    hand_over::{self, Offer, Predecessor, Successor},
+    logs,
     route::Table,
 };
 use anyhow::{Context as _, bail};
 use drover_proto::{http_server::Connections, ids, transport::Security};
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, header};
 use hyper::{body::Incoming, service::service_fn};
 use std::{
     convert::Infallible,
     fs::{DirBuilder, File, Permissions},
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 use tokio::{
     net::{TcpListener, UnixListener},
     task::JoinSet,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 4096;
+/// How long idle connections are left open after a hand-over: longer than any gateway keeps one, so that none is closed in
+/// the moment in which a request is sent over it.
+const LINGER: Duration = Duration::from_secs(12);
+/// How long what drains after a hand-over may still take when the successor was ordered to end.
+const HURRY: Duration = Duration::from_millis(500);
 
 /// A proxy that holds its addresses and does not serve yet.
 #[derive(Debug)]
@@ -38,7 +46,11 @@ pub struct Proxy {
     control: Control,
     /// Locked as long as this process takes requests: one proxy a folder.
     lock: File,
-    socket: std::path::PathBuf,
+    socket: PathBuf,
+    /// Where the listener is offered at the end.
+    next_socket: PathBuf,
+    /// Whose listener this is, if it was taken over.
+    predecessor: Option<Predecessor>,
     drain: Duration,
     service: Service,
 }
@@ -49,27 +61,41 @@ impl Proxy {
     /// # Errors
     /// A setting is refused, another proxy serves the same folder, or an address can't be bound.
     pub fn bind(settings: &ProxySettings, prefer_port: Option<u16>) -> anyhow::Result<Self> {
-        let security = settings.security()?;
-        security.check_listener("proxy_listen", settings.listen)?;
-        let mut folders = DirBuilder::new();
-        folders.recursive(true).mode(0o700);
-        for folder in [&settings.runtime_dir, &settings.state_dir] {
-            folders.create(folder).with_context(|| format!("folder {} can't be made", folder.display()))?;
-        }
+        let security = security(settings)?;
         let lock = lock(&settings.lock_file())?;
         let listener = listen(settings.listen, prefer_port)?;
+        Self::holding(settings, security, lock, listener, None)
+    }
+
+    /// Takes over the listener of a proxy that is about to end and offers it; where none does, binds.
+    ///
+    /// # Errors
+    /// As [`Proxy::bind`]; or what was offered can't be taken.
+    pub async fn take_over(settings: &ProxySettings, prefer_port: Option<u16>) -> anyhow::Result<Self> {
+        let security = security(settings)?;
+        let Some((listener, predecessor)) = hand_over::receive(&settings.next_socket()).await? else {
+            return Self::bind(settings, prefer_port);
+        };
+        let lock = lock(&settings.lock_file())?;
+        Self::holding(settings, security, lock, listener, Some(predecessor))
+    }
+
+    fn holding(
+        settings: &ProxySettings,
+        security: Security,
+        lock: File,
+        listener: TcpListener,
+        predecessor: Option<Predecessor>,
+    ) -> anyhow::Result<Self> {
         let address = listener.local_addr().context("the listener has no address")?;
         let socket = settings.control_socket();
-        let control_listener = listen_control(&socket)?;
+        let control_listener = listen_unix(&socket)?;
         let table = Table::new();
-        let control = Control {
-            table: table.clone(),
-            address,
-            shutdown: CancellationToken::new(),
-            drain: Arc::new(Mutex::new(None)),
-        };
-        let service = Service { table, security: Arc::new(security), followers: logs::Followers::new() };
-        Ok(Self { listener, control_listener, control, lock, socket, drain: settings.drain, service })
+        let control = Control::new(table.clone(), address);
+        let retiring = control.retiring.clone();
+        let service = Service { table, security: Arc::new(security), followers: logs::Followers::new(), retiring };
+        let (next_socket, drain) = (settings.next_socket(), settings.drain);
+        Ok(Self { listener, control_listener, control, lock, socket, next_socket, predecessor, drain, service })
     }
 
     /// Address of the HTTP listener, with its real port.
@@ -78,33 +104,107 @@ impl Proxy {
         self.control.address
     }
 
-    /// Serves until `shutdown` is cancelled or an order comes over the control socket; then drains and returns.
+    /// Serves until `shutdown` is cancelled or an order comes over the control socket; then drains and returns. Where an agent
+    /// can start a successor, `shutdown` hands the listener over to that first.
     pub async fn serve(self, shutdown: CancellationToken) {
-        let Self { listener, control_listener, control, lock, socket, drain, service } = self;
-        let (ending, ordered) = (control.shutdown.clone(), control.drain.clone());
-        let mut control = JoinSet::from_iter([control.accept(control_listener)]);
+        let Self { listener, control_listener, control, lock, socket, next_socket, mut predecessor, drain, service } =
+            self;
+        let (told, mut accepting) = (control.clone(), JoinSet::from_iter([control.accept(control_listener)]));
+        if let Some(predecessor) = &mut predecessor {
+            // Until then that one accepts, and it has the routes.
+            if timeout(hand_over::ROUTES_DEADLINE, told.routed.cancelled()).await.is_err() {
+                tracing::warn!("no agent has given routes in time: connections are accepted without");
+            }
+            predecessor.accepted().await;
+        }
         let mut connections = Connections::at_most(CONNECTIONS_MAX);
         let answer = service_fn(move |request| {
             let service = service.clone();
             async move { Ok::<_, Infallible>(service.answer(request).await) }
         });
+        let (mut lock, mut successor) = (Some(lock), None);
         let end = async {
             tokio::select! {
-                () = shutdown.cancelled() => {}
-                () = ending.cancelled() => {}
+                () = told.shutdown.cancelled() => {}
+                () = shutdown.cancelled() => if told.has_peers() {
+                    let release = || {
+                        // In this order: whoever has the lock makes a socket of its own.
+                        let _ = std::fs::remove_file(&socket);
+                        lock = None;
+                    };
+                    tokio::select! {
+                        () = told.shutdown.cancelled() => {}
+                        // Nobody is left who would start a successor, as when the whole host ends.
+                        () = told.deserted() => {}
+                        taken = offer(&next_socket, &listener, &told, release) => successor = taken,
+                    }
+                }
             }
         };
         connections.accept(&listener, answer, end).await;
-        // From here on a successor may take over the address, the socket and the lock, while streams still finish here.
         drop(listener);
-        let _ = std::fs::remove_file(&socket);
-        drop(lock);
-        ending.cancel();
-        let drain = ordered.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(drain);
+        if lock.is_some() {
+            // From here on a successor may take over the address, the socket and the lock, while streams still finish here.
+            let _ = std::fs::remove_file(&socket);
+            drop(lock);
+        }
+        told.retiring.cancel();
+        let ordered = || *told.drain.lock().unwrap_or_else(PoisonError::into_inner);
+        let drain = ordered().unwrap_or(drain);
         tracing::info!(connections = connections.open(), drain_ms = drain.as_millis(), "the proxy drains");
-        connections.drain(drain).await;
-        control.shutdown().await;
+        let until = Instant::now() + drain;
+        let hurry = CancellationToken::new();
+        if let Some(mut successor) = successor {
+            let (hurried, shutdown) = (hurry.clone(), told.shutdown.clone());
+            accepting.spawn(async move {
+                tokio::select! {
+                    () = successor.ordered() => {}
+                    () = shutdown.cancelled() => {}
+                }
+                hurried.cancel();
+            });
+            tokio::select! {
+                _ = timeout(LINGER.min(drain), connections.closed()) => {}
+                () = hurry.cancelled() => {}
+            }
+        }
+        tokio::select! {
+            () = connections.drain(until.saturating_duration_since(Instant::now())) => {}
+            () = async { hurry.cancelled().await; sleep(ordered().unwrap_or(HURRY)).await } => {}
+        }
+        if (told.shutdown.is_cancelled() || hurry.is_cancelled())
+            && let Some(predecessor) = predecessor
+        {
+            predecessor.end(drain).await;
+        }
+        accepting.shutdown().await;
     }
+}
+
+/// Offers the listener; `None` when nobody has taken it in time.
+async fn offer(path: &Path, listener: &TcpListener, told: &Control, release: impl FnOnce()) -> Option<Successor> {
+    let offer = Offer::make(path);
+    // Only now: whoever hears it finds the offer.
+    told.retiring.cancel();
+    let taken = match offer {
+        Ok(offer) => offer.taken(listener, release).await,
+        Err(error) => Err(error),
+    };
+    taken
+        .inspect(|_| tracing::info!("a successor accepts connections"))
+        .inspect_err(|error| tracing::warn!("the listener was not handed over: {error:#}"))
+        .ok()
+}
+
+fn security(settings: &ProxySettings) -> anyhow::Result<Security> {
+    let security = settings.security()?;
+    security.check_listener("proxy_listen", settings.listen)?;
+    let mut folders = DirBuilder::new();
+    folders.recursive(true).mode(0o700);
+    for folder in [&settings.runtime_dir, &settings.state_dir] {
+        folders.create(folder).with_context(|| format!("folder {} can't be made", folder.display()))?;
+    }
+    Ok(security)
 }
 
 fn lock(path: &Path) -> anyhow::Result<File> {
@@ -139,7 +239,8 @@ fn listen(address: SocketAddr, prefer_port: Option<u16>) -> anyhow::Result<TcpLi
     bind(address).with_context(|| format!("proxy_listen = {address} can't be bound: choose a free address"))
 }
 
-fn listen_control(path: &Path) -> anyhow::Result<UnixListener> {
+/// Listens at a path that only this user's programs reach. What a dead proxy left there is removed.
+pub(super) fn listen_unix(path: &Path) -> anyhow::Result<UnixListener> {
     // sun_path has 108 bytes, the last one zero.
     if path.as_os_str().len() > 107 {
         bail!("the path {} is too long for a socket (107 bytes at most): set a shorter runtime_dir", path.display());
@@ -162,10 +263,21 @@ struct Service {
     table: Arc<Table>,
     security: Arc<Security>,
     followers: logs::Followers,
+    /// Cancelled when this proxy is about to end.
+    retiring: CancellationToken,
 }
 
 impl Service {
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let mut response = self.respond(request).await;
+        if self.retiring.is_cancelled() {
+            // The next request is to come over a connection to the successor.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    async fn respond(&self, request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
         if path == "/healthz" {
             return Response::new(answer::full("ok\n"));

@@ -42,8 +42,8 @@ fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
     fs::rename(temporary, path)
 }
 
-/// Starts the process. It makes a session of its own as its first act; its output goes to `proxy.log`.
-pub(super) fn spawn(settings: &ProxySettings, known: Option<SocketAddr>) -> anyhow::Result<Child> {
+/// Starts the process. `take_over`: it takes the listener of one that is about to end. It makes a session of its own as its first act; its output goes to `proxy.log`.
+pub(super) fn spawn(settings: &ProxySettings, known: Option<SocketAddr>, take_over: bool) -> anyhow::Result<Child> {
     let program = match &settings.executable {
         Some(program) => program.clone(),
         None => std::env::current_exe().context("the running program's path is not known")?,
@@ -66,6 +66,9 @@ pub(super) fn spawn(settings: &ProxySettings, known: Option<SocketAddr>) -> anyh
     command.arg("proxy").arg("--listen").arg(settings.listen.to_string());
     if let Some(port) = known.or_else(|| remembered(settings)).map(|address| address.port()) {
         command.arg("--prefer-port").arg(port.to_string());
+    }
+    if take_over {
+        command.arg("--take-over");
     }
     command.arg("--runtime-dir").arg(absolute(&settings.runtime_dir)?);
     command.arg("--state-dir").arg(absolute(&settings.state_dir)?);

@@ -49,7 +49,7 @@ pub(super) enum FromProxy {
         /// Requests in flight by instance; those without any are left out.
         in_flight: BTreeMap<String, u64>,
     },
-    /// It takes no new connections and ends when it has drained: start another.
+    /// It is about to end: start another, which takes over its listener. This one ends when it has drained.
     Ending,
 }
 

@@ -6,6 +6,7 @@
 
 mod a_draining_instance_finishes_what_it_has;
 mod a_request_goes_through_unchanged;
+mod an_upgraded_proxy_hands_its_listener_over;
 mod logs_are_shown_and_followed;
 mod nobody_enters_without_the_secret;
 mod support;

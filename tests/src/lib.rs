@@ -1,11 +1,12 @@
 //! What the end-to-end tests, fault runs and benchmarks share: real parts, started and ended as an operator would.
 //!
-//! Owns: a whole fleet on one machine ([`cluster`]), its parts ([`etcd`], [`programs`]) and clients ([`gateway`]). Must
-//! never: look into the programs under test but through what they offer to everybody.
+//! Owns: a whole fleet on one machine ([`cluster`]), its parts ([`etcd`], [`programs`]), what they use ([`measure`])
+//! and clients ([`gateway`]). Must never: look into the programs under test but through what they offer to everybody.
 
 pub mod cluster;
 pub mod collector;
 pub mod etcd;
 pub mod gateway;
 pub mod load;
+pub mod measure;
 pub mod programs;

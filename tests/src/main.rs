@@ -1,10 +1,13 @@
-//! Benchmarks of the real programs, run by `tests/run bench NAME`; prints figures, fails only when something did not work.
+//! Benchmarks of the real programs, run by `tests/run bench NAME`, which fail only when something did not work; and the
+//! soak, run by `tests/run soak`, which fails when something grows, fails or is left.
 
 mod bench;
+mod soak;
 
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
-/// Benchmarks of Drover on real parts.
+/// Benchmarks and long runs of Drover on real parts.
 #[derive(Debug, Parser)]
 #[command(after_help = "Example:\n  tests/run bench start")]
 struct Args {
@@ -19,6 +22,8 @@ enum What {
         #[command(subcommand)]
         name: Bench,
     },
+    /// A fleet under steady churn for a long time: what grows, what is left, which requests failed.
+    Soak(soak::Args),
 }
 
 #[derive(Debug, Subcommand)]
@@ -35,8 +40,10 @@ enum Bench {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().what {
-        What::Bench { name: Bench::Start { runs, json } } => bench::start::run(runs.max(1), json).await,
+        What::Bench { name: Bench::Start { runs, json } } => bench::start::run(runs.max(1), json).await?,
+        What::Soak(args) => return Ok(if soak::run(args).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -16,7 +16,11 @@ use crate::{
     proxy::ProxyHandle,
 };
 use anyhow::{Context as _, ensure};
-use drover_proto::{files, transport::Target, v1::Capacity};
+use drover_proto::{
+    files,
+    transport::Target,
+    v1::{Capacity, Severity},
+};
 use std::{
     collections::BTreeMap,
     path::Path,
@@ -59,6 +63,7 @@ impl Agent {
             settings: settings.clone(),
         });
         let registry = Arc::new(Registry::adopt(context.clone()).await.context("what earlier agents left")?);
+        tokio::spawn(tell_of_proxies(context.clone(), proxy.clone()));
         let proxy_address = settings.proxy_advertise.clone().unwrap_or_else(|| proxy.address().to_string());
         let link = link::start(link::Parts {
             registry,
@@ -105,6 +110,17 @@ impl Agent {
             let _ = std::fs::remove_file(path);
         }
         self.link.stop(self.settings.end_deadline()).await;
+    }
+}
+
+/// Tells when another proxy has taken the place of the one that served.
+async fn tell_of_proxies(context: Arc<Context>, proxy: ProxyHandle) {
+    let mut pid = proxy.pid();
+    loop {
+        let next = proxy.replaced(pid).await;
+        let message = format!("pid {next} serves in place of the proxy with pid {pid}");
+        context.events.tell("", "ProxyRestarted", Severity::Warning, message);
+        pid = next;
     }
 }
 

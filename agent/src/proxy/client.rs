@@ -162,6 +162,17 @@ impl ProxyHandle {
         self.0.observed.borrow().pid
     }
 
+    /// Waits until another proxy process serves than the one with this id; says its id.
+    pub async fn replaced(&self, pid: u32) -> u32 {
+        let mut observed = self.0.observed.clone();
+        let changed = observed.wait_for(|o| o.connected && o.pid != pid).await.map(|o| o.pid);
+        match changed {
+            Ok(pid) => pid,
+            // Its supervisor has ended: none will come.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Version of the proxy, as it last told; may differ from the agent's after an upgrade.
     #[must_use]
     pub fn version(&self) -> String {

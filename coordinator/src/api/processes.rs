@@ -162,7 +162,8 @@ impl Processes {
         let deployment = self.want_no_more(id).await?;
         let how = if force { "at once" } else { "after draining" };
         let asked = format!("{who} has {id} stopped {how}{why}");
-        self.events.record(format!("instance/{id}"), "StoppedByHand", Severity::Info, asked.clone());
+        let holder = self.view.snapshot().claims.get(id).map(|claim| claim.value.node.clone());
+        self.events.record_on_node(holder.as_deref(), id, "StoppedByHand", Severity::Info, asked.clone());
         // What is recorded of the instance goes with it.
         self.events.record(format!("deployment/{deployment}"), "StoppedByHand", Severity::Info, asked);
         let snapshot = self.view.snapshot();

@@ -76,12 +76,10 @@ impl Claims {
         }
         let token = Token { generation: snapshot.generation(), revision: outcome.revision };
         let what = if request.recorded_token.is_some() { "ReClaimed" } else { "Claimed" };
-        self.events.record(
-            format!("instance/{}", request.instance),
-            what,
-            Severity::Info,
-            format!("by {node} with token {token}"),
-        );
+        let message = format!("by {node} with token {token}");
+        // A node that is back claims again all that it has: that it is back is told once.
+        let on = request.recorded_token.is_none().then_some(node);
+        self.events.record_on_node(on, &request.instance, what, Severity::Info, message);
         Ok(ClaimResponse {
             token: Some(token),
             session_revision: outcome.revision,

@@ -185,7 +185,8 @@ impl Cycle {
                 self.events.record(format!("instance/{id}"), "Offered", info, format!("to {to}"));
             }
             Action::Stop { id, reason, .. } => {
-                self.events.record(format!("instance/{id}"), reason, info, "wanted no more".to_owned());
+                let node = snapshot.claims.get(id).map(|claim| claim.value.node.as_str());
+                self.events.record_on_node(node, id, reason, info, "wanted no more".to_owned());
             }
             Action::RemoveDeployment { name, .. } => {
                 self.events.record(events::FLEET.to_owned(), "Removed", info, format!("deployment {name} is gone"));

@@ -50,6 +50,32 @@ impl Events {
         self.record_from(self.source.clone(), object, reason, severity, message);
     }
 
+    /// Records what was decided about an instance that `node` has, if one has it: see [`Events::record_by_node`].
+    pub fn record_on_node(&self, node: Option<&str>, id: &str, reason: &str, severity: Severity, message: String) {
+        self.record_twice(&self.source, node, id, reason, severity, message);
+    }
+
+    /// Records what a node did with an instance: in the instance's ring, and in the node's, which outlives the instance.
+    pub fn record_by_node(&self, node: &str, id: &str, reason: &str, severity: Severity, message: String) {
+        self.record_twice(&format!("node/{node}"), Some(node), id, reason, severity, message);
+    }
+
+    fn record_twice(
+        &self,
+        source: &str,
+        node: Option<&str>,
+        id: &str,
+        reason: &str,
+        severity: Severity,
+        message: String,
+    ) {
+        if let Some(node) = node {
+            let named = format!("{id}: {message}");
+            self.record_from(source.to_owned(), format!("node/{node}"), reason, severity, named);
+        }
+        self.record_from(source.to_owned(), format!("instance/{id}"), reason, severity, message);
+    }
+
     /// Records an event that `source` reported.
     pub fn record_from(&self, source: String, object: String, reason: &str, severity: Severity, message: String) {
         let traceparent = drover_telemetry::context::current_traceparent();

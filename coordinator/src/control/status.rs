@@ -124,22 +124,23 @@ impl Statuses {
         if report.pid != 0 {
             message.push_str(&format!(", pid {}", report.pid));
         }
-        if let Some(code) = report.exit_code {
+        // Of one that runs again it is how the one before it ended, which was told then.
+        let ended = matches!(state, InstanceState::Stopped | InstanceState::Failed);
+        if let Some(code) = report.exit_code.filter(|_| ended) {
             message.push_str(&format!(", exit code {code}"));
         }
-        if let Some(signal) = report.exit_signal {
+        if let Some(signal) = report.exit_signal.filter(|_| ended) {
             message.push_str(&format!(", signal {signal}"));
         }
         if !report.message.is_empty() {
             message.push_str(&format!(": {}", report.message));
         }
-        self.events.record_from(
-            format!("node/{node}"),
-            format!("instance/{}", report.instance),
-            reason,
-            severity,
-            message,
-        );
+        if ended || state == InstanceState::Ready {
+            self.events.record_by_node(node, &report.instance, reason, severity, message);
+        } else {
+            let (source, object) = (format!("node/{node}"), format!("instance/{}", report.instance));
+            self.events.record_from(source, object, reason, severity, message);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use super::super::{
 };
 use super::{Inner, Kind, Known, Registry, Unowned};
 use crate::clock;
-use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, Severity};
+use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, Severity, Token};
 use drover_shim::failpoint::{self, Step};
 use std::{fs, os::unix::fs::DirBuilderExt as _};
 use tokio::task::block_in_place;
@@ -168,6 +168,7 @@ impl Registry {
                 // Void once this node holds the token that it is to yield to.
                 let ordered = order.is_some_and(|order| order.yields_to.is_none_or(|to| to > token));
                 if ordered {
+                    self.tell_ordered(instance, token, order);
                     handle.want(false, "").await;
                 }
                 handle.discard().await
@@ -181,6 +182,18 @@ impl Registry {
         let ending = matches!(entry.state, InstanceState::Draining | InstanceState::Stopped);
         let run = Unowned { instance: instance.to_owned(), token, memory_bytes: entry.memory_bytes };
         (!ending).then_some(run)
+    }
+
+    /// Tells, once, that a run ends which this node does not own.
+    fn tell_ordered(&self, instance: &str, token: Token, order: Option<&EndRun>) {
+        let ending = |entry: &Entry| matches!(entry.state, InstanceState::Draining | InstanceState::Stopped);
+        let Some(entry) = self.context.board.get(instance).filter(|entry| !ending(entry)) else { return };
+        let why = match order.and_then(|order| order.yields_to) {
+            Some(to) => format!("it serves elsewhere under token {to}"),
+            None => "it is wanted no more".to_owned(),
+        };
+        let message = format!("pid {}, token {token}: {why}; it is drained and stopped here", entry.pid);
+        self.context.events.tell(instance, "Superseded", Severity::Info, message);
     }
 
     /// Looks again at what could not be told.

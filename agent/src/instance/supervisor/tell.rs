@@ -48,6 +48,11 @@ impl Supervisor {
                 let pid = self.pid();
                 ("Adopted", Severity::Info, format!("pid {pid}, token {token}: taken back by a new agent, {and}"))
             }
+            // Of one that this node owns the report says so.
+            (Phase::Stopped, Some(_)) if !self.is_owned() => {
+                let how = self.state.last_end.as_ref().map_or_else(String::new, |end| format!(": llama-server {end}"));
+                ("Stopped", Severity::Info, format!("pid {}, token {token}{how}", self.ended_pid))
+            }
             _ => return,
         };
         self.context.events.tell(&self.claim.instance, reason, severity, what);
@@ -72,9 +77,12 @@ impl Supervisor {
         self.run.as_ref().map_or(0, |(living, _)| living.pid())
     }
 
+    fn is_owned(&self) -> bool {
+        self.context.board.get(&self.claim.instance).is_some_and(|entry| entry.owned)
+    }
+
     pub(super) fn publish(&self) {
-        let board = &self.context.board;
-        let owned = board.get(&self.claim.instance).is_some_and(|entry| entry.owned);
+        let (board, owned) = (&self.context.board, self.is_owned());
         board.set(
             &self.claim.instance,
             Entry {

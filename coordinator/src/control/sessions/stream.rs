@@ -37,6 +37,10 @@ const REPORTS: usize = 1024;
 /// Answers to commands that wait to be written; what does not fit is left out, and its caller waits in vain.
 const ANSWERS: usize = 16;
 
+/// Events about an instance that are no history of the node: many nodes may decline one offer, again and again, and an agent
+/// that begins takes back all that it has at once.
+const NOT_OF_THE_NODE: [&str; 2] = ["OfferDeclined", "Adopted"];
+
 type Answers = mpsc::Sender<Result<SessionResponse, Status>>;
 
 /// Serves sessions.
@@ -212,10 +216,13 @@ impl Sessions {
 
     fn node_event(&self, node: &str, event: NodeEvent) {
         let about_instance = ids::check_instance_id(&event.instance).is_ok();
-        let object = if about_instance { format!("instance/{}", event.instance) } else { format!("node/{node}") };
         let reason: String = event.reason.chars().filter(char::is_ascii_alphanumeric).take(48).collect();
         let severity = event.severity();
         let message: String = event.message.chars().take(2000).collect();
+        if about_instance && !NOT_OF_THE_NODE.contains(&reason.as_str()) {
+            return self.events.record_by_node(node, &event.instance, &reason, severity, message);
+        }
+        let object = if about_instance { format!("instance/{}", event.instance) } else { format!("node/{node}") };
         self.events.record_from(format!("node/{node}"), object, &reason, severity, message);
     }
 }

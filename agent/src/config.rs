@@ -68,6 +68,8 @@ pub struct Settings {
     pub log_json: bool,
     /// Most bytes of spans that wait.
     pub spool_bytes_max: u64,
+    /// How long the session is kept when the agent is told to end.
+    pub return_within: Duration,
     /// Restarts.
     pub restarts: Restarts,
 }
@@ -154,6 +156,12 @@ impl Flags {
             None => i64::try_from(host::memory::read()?.total_bytes).unwrap_or(i64::MAX),
         };
         ensure!(memory_bytes > 0, "memory_bytes = {memory_bytes}: must be greater than 0");
+        let most = limits::ABSENCE_MAX;
+        let return_within_ms = self.return_within_ms.or(file.return_within_ms).unwrap_or(0);
+        let return_within = u64::try_from(return_within_ms).ok().map(Duration::from_millis).filter(|d| *d <= most);
+        let return_within = return_within.with_context(|| {
+            format!("return_within_ms = {return_within_ms}: must be from 0 to {}", most.as_millis())
+        })?;
         let environment = file.llama_server_environment;
         if let Some(name) = environment.keys().find(|n| n.starts_with("LLAMA_") || *n == "CUDA_VISIBLE_DEVICES") {
             bail!("llama_server_environment: {name} is not allowed: arguments come from deployments, GPUs from claims");
@@ -180,6 +188,7 @@ impl Flags {
             log_filter: self.log_filter.or(file.log_filter).unwrap_or_else(|| "info".to_owned()),
             log_json: self.log_json || file.log_json.unwrap_or(false),
             spool_bytes_max,
+            return_within,
             restarts: file.restarts,
             node,
             coordinators,

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub const SESSION_TTL: Duration = Duration::from_secs(10);
 /// How often an agent sends a heartbeat.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
+/// Longest planned absence of an agent for which its session is kept.
+pub const ABSENCE_MAX: Duration = Duration::from_secs(600);
 /// Largest gRPC message that is read, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Largest request body that the gateway reads by default, in bytes.

@@ -28,6 +28,7 @@ pub struct File {
     pub(super) log_filter: Option<String>,
     pub(super) log_json: Option<bool>,
     pub(super) spool_bytes_max: Option<u64>,
+    pub(super) return_within_ms: Option<i64>,
     pub(super) restarts: Restarts,
 }
 
@@ -128,6 +129,10 @@ pub struct Flags {
     /// What is logged: "info,drover_agent=debug".
     #[arg(long, env = "DROVER_LOG_FILTER")]
     pub log_filter: Option<String>,
+    /// How long the session is kept for an agent that was told to end, in milliseconds, so that an upgraded one finds
+    /// it unchanged; at most ten minutes. Default: 0, it runs out as if the agent had been lost.
+    #[arg(long, env = "DROVER_RETURN_WITHIN_MS")]
+    pub return_within_ms: Option<i64>,
     /// Log lines as JSON.
     #[arg(long, env = "DROVER_LOG_JSON")]
     pub log_json: bool,

@@ -38,6 +38,8 @@ fn what_is_wrong_is_named_with_the_way_out() {
     let root = place.path();
     for (text, part) in [
         ("nodes = 1\n", "line 1"),
+        ("return_within_ms = -1\n", "return_within_ms = -1: must be from 0 to 600000"),
+        ("return_within_ms = 600001\n", "return_within_ms = 600001"),
         ("\nrestarts = { quick = 1 }\n", "line 2"),
         ("memory_bytes = -1\n", "memory_bytes = -1"),
         ("proxy_listen = '0.0.0.0:7410'\n", "proxy_listen"),

@@ -13,9 +13,9 @@ use drover_proto::{
     status::{reason, reason_of},
     transport::Target,
     v1::{
-        Capacity, ClaimSet, CommandAnswer, Heartbeat, Hello, ModelInventory, NodeCommand, NodeEvent, RecordedRun,
-        RunSet, SessionRequest, SessionResponse, SpanCheckpoint, Welcome, node_service_client::NodeServiceClient,
-        session_request, session_response,
+        Capacity, ClaimSet, CommandAnswer, Heartbeat, Hello, Leave, ModelInventory, NodeCommand, NodeEvent,
+        RecordedRun, RunSet, SessionRequest, SessionResponse, SpanCheckpoint, Welcome,
+        node_service_client::NodeServiceClient, session_request, session_response,
     },
 };
 use std::{
@@ -32,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the coordinator may take to end a stream that this agent has ended.
+const FAREWELL: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
@@ -106,11 +108,7 @@ impl Session {
         let mut told = String::new();
         while !stop.is_cancelled() {
             let began = Instant::now();
-            let outcome = tokio::select! {
-                outcome = self.stream(first, &stop) => outcome,
-                () = stop.cancelled() => return,
-            };
-            match outcome {
+            match self.stream(first, &stop).await {
                 Ok(()) => told.clear(),
                 Err(error) => {
                     let text = format!("{error:#}");
@@ -136,6 +134,14 @@ impl Session {
 
     /// One stream, from its hello to its end. `Ok` when it ended to be resumed, or because it was told to.
     async fn stream(&mut self, first: usize, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut stream = tokio::select! {
+            opened = self.open(first) => opened?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        self.serve(&mut stream, stop).await
+    }
+
+    async fn open(&mut self, first: usize) -> anyhow::Result<Stream> {
         let connection = self.target.connect(first).await?;
         let mut client = NodeServiceClient::new(connection)
             .max_decoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX)
@@ -151,8 +157,7 @@ impl Session {
         let Some(session_response::Message::Welcome(welcome)) = answer.message else {
             bail!("the coordinator's first message is no welcome");
         };
-        let mut stream = self.welcomed(welcome, outgoing, incoming, sent_ns)?;
-        self.serve(&mut stream, stop).await
+        self.welcomed(welcome, outgoing, incoming, sent_ns)
     }
 
     fn hello(&self) -> Hello {
@@ -275,10 +280,17 @@ impl Session {
                 }
                 () = stop.cancelled() => {
                     stream.send(self.checkpoint())?;
-                    // Closing our side is what tells the coordinator that this is an orderly end.
+                    let return_within = self.registry.context().settings.return_within;
+                    if !return_within.is_zero() {
+                        let return_within_ms = i64::try_from(return_within.as_millis()).unwrap_or(i64::MAX);
+                        stream.send(session_request::Message::Leave(Leave { return_within_ms }))?;
+                    }
+                    // Closing our side is what tells the coordinator that this is an orderly end; when it has heard all
+                    // of it, it closes its own.
                     let (closed, _) = mpsc::channel(1);
                     stream.outgoing = closed;
-                    let _ = timeout(Duration::from_millis(500), stream.incoming.message()).await;
+                    let heard = async { while let Ok(Some(_)) = stream.incoming.message().await {} };
+                    let _ = timeout(FAREWELL, heard).await;
                     return Ok(());
                 }
             }

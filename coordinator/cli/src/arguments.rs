@@ -104,6 +104,8 @@ Example:
 Examples:
   drover events
   drover events --follow --object deployment/tiny
+  drover events --object instance/tiny-x2k9vd
+  drover events --object node/gpu-1         what was started and stopped there, of instances that are gone too
   drover events --object node/              all about nodes")]
     Events(Events),
     /// Show, clean up or stop the llama-server processes of the hosts, whoever started them

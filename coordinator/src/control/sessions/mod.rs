@@ -5,6 +5,7 @@
 //! cause renewals and are acknowledged after the store's answer, over a connection to the store of their own.
 //! A stream that breaks revokes nothing.
 
+mod absence;
 pub(super) mod node_record;
 mod open;
 mod outbox;

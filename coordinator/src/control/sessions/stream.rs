@@ -1,7 +1,7 @@
 //! The stream of a session: reads what the agent says, tells it what it owns and may claim.
 
 use super::{
-    Cache, Settings,
+    Cache, Settings, absence,
     node_record::{self, Told},
     open::{self, Opened},
     outbox::Outbox,
@@ -153,37 +153,48 @@ impl Sessions {
                     let snapshot = snapshots.borrow_and_update().clone();
                     if let Err(gone) = still_ours(&snapshot, &node, &opened, &self.settings.coordinator) {
                         let _ = answers.send(Err(gone)).await;
-                        return;
+                        return None;
                     }
                     outbox.due(&snapshot, &self.shares.of(&snapshot), &node, clock::now_ms())
                 };
                 for message in due {
                     if answers.send(Ok(message)).await.is_err() {
-                        return;
+                        return None;
                     }
                 }
                 tokio::select! {
                     () = until(again_ms) => {}
-                    changed = snapshots.changed() => if changed.is_err() { return },
+                    changed = snapshots.changed() => if changed.is_err() { return None },
                     message = inbound.message() => match message {
                         Ok(Some(SessionRequest { message: Some(session_request::Message::Runs(set)) })) => {
                             outbox.set_runs(set.runs);
                             let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
                             inward.tell.send_modify(|told| told.unclaimed = Some(unclaimed));
                         }
+                        Ok(Some(SessionRequest { message: Some(session_request::Message::Leave(leave)) })) => {
+                            return Some(leave);
+                        }
                         Ok(Some(message)) => self.take(&node, message, &inward).await,
-                        Ok(None) | Err(_) => return,
+                        Ok(None) | Err(_) => return None,
                     },
                 }
             }
         };
-        tokio::select! {
-            () = async { tokio::join!(renew, record, node_record, answer_commands); } => {}
-            () = talk => {}
+        let leave = tokio::select! {
+            () = async { tokio::join!(renew, record, node_record, answer_commands); } => None,
+            leave = talk => leave,
             () = self.stop.cancelled() => {
                 let away = with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "this coordinator is shutting down");
                 let _ = answers.try_send(Err(away));
+                None
             }
+        };
+        // The agent waits for this end.
+        drop(answers);
+        if let Some(leave) = leave {
+            let within = Duration::from_millis(u64::try_from(leave.return_within_ms).unwrap_or(0));
+            let keep = absence::keep(&self.store, &self.view, &self.events, &node, opened.lease, within);
+            let _ = self.stop.run_until_cancelled(keep).await;
         }
         tracing::debug!(node, "a session's stream has ended; its lease goes on until it runs out or is resumed");
     }
@@ -208,7 +219,12 @@ impl Sessions {
                     tracing::warn!(node, "too many answers to commands at once: one is left out");
                 }
             }
-            Some(session_request::Message::Hello(_) | session_request::Message::Runs(_)) | None => {
+            Some(
+                session_request::Message::Hello(_)
+                | session_request::Message::Runs(_)
+                | session_request::Message::Leave(_),
+            )
+            | None => {
                 tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
             }
         }

@@ -16,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 const CONNECTIONS_MAX: usize = 8;
 /// A peer that reads nothing for this long is dropped.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+/// A proxy to which nobody is connected for this long has no agent.
+const ALONE: Duration = Duration::from_millis(500);
 /// Shortest time between two messages about counts.
 const STATE_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -48,15 +50,17 @@ impl Control {
         }
     }
 
-    /// Whether anybody is connected: an agent, that is, which can start a successor.
-    pub(super) fn has_peers(&self) -> bool {
-        self.places.available_permits() < CONNECTIONS_MAX
-    }
-
-    /// Waits until nobody is connected.
+    /// Waits until nobody is connected, nobody who could start a successor, that is. An agent that has just started this
+    /// one connects again at once.
     pub(super) async fn deserted(&self) {
-        // All places are free then; the semaphore is never closed.
-        let _ = self.places.acquire_many(CONNECTIONS_MAX as u32).await;
+        loop {
+            // All places are free then; the semaphore is never closed.
+            drop(self.places.acquire_many(CONNECTIONS_MAX as u32).await);
+            tokio::time::sleep(ALONE).await;
+            if self.places.available_permits() == CONNECTIONS_MAX {
+                return;
+            }
+        }
     }
 
     /// Accepts connections until dropped.

@@ -43,22 +43,25 @@ const END: u8 = b'e';
 pub(super) struct Offer {
     listener: UnixListener,
     path: PathBuf,
+    /// Nobody has asked yet: the path is this offer's.
+    stands: bool,
 }
 
 impl Offer {
     /// Makes it.
     pub(super) fn make(path: &Path) -> anyhow::Result<Self> {
-        Ok(Self { listener: listen_unix(path)?, path: path.to_owned() })
+        Ok(Self { listener: listen_unix(path)?, path: path.to_owned(), stands: true })
     }
 
     /// Waits for a successor and gives it the listener, after `release` has let go of what only one can hold. Returns when
     /// the successor accepts connections.
-    pub(super) async fn taken(self, tcp: &TcpListener, release: impl FnOnce()) -> anyhow::Result<Successor> {
+    pub(super) async fn taken(mut self, tcp: &TcpListener, release: impl FnOnce()) -> anyhow::Result<Successor> {
         let (stream, _) = timeout(ASK_DEADLINE, self.listener.accept()).await.context("no successor has asked")??;
         let user = stream.peer_cred()?.uid();
         if user != nix::unistd::geteuid().as_raw() {
             bail!("user {user} has asked for the listener, and is not this proxy's");
         }
+        self.withdraw();
         release();
         timeout(MESSAGE_DEADLINE, send_descriptor(&stream, tcp.as_raw_fd())).await.context("the successor hangs")??;
         let mut successor = Successor(stream);
@@ -68,11 +71,18 @@ impl Offer {
             Err(error) => Err(error).context("the successor has ended before it accepted"),
         }
     }
+
+    /// Before the successor begins: it may be told to end at once, and then makes an offer of its own at the same path.
+    fn withdraw(&mut self) {
+        if std::mem::replace(&mut self.stands, false) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Drop for Offer {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        self.withdraw();
     }
 }
 

@@ -14,6 +14,7 @@ use anyhow::{Context as _, bail};
 use drover_proto::{http_server::Connections, ids, transport::Security};
 use http::{HeaderValue, Request, Response, header};
 use hyper::{body::Incoming, service::service_fn};
+use nix::sys::socket::{setsockopt, sockopt};
 use std::{
     convert::Infallible,
     fs::{DirBuilder, File, Permissions},
@@ -126,7 +127,7 @@ impl Proxy {
         let end = async {
             tokio::select! {
                 () = told.shutdown.cancelled() => {}
-                () = shutdown.cancelled() => if told.has_peers() {
+                () = shutdown.cancelled() => {
                     let release = || {
                         // In this order: whoever has the lock makes a socket of its own.
                         let _ = std::fs::remove_file(&socket);
@@ -227,6 +228,7 @@ fn listen(address: SocketAddr, prefer_port: Option<u16>) -> anyhow::Result<TcpLi
     let bind = |address: SocketAddr| -> std::io::Result<TcpListener> {
         let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
         socket.set_reuseaddr(true)?;
+        keep_alive(&socket)?;
         socket.bind(address)?;
         socket.listen(1024)
     };
@@ -237,6 +239,16 @@ fn listen(address: SocketAddr, prefer_port: Option<u16>) -> anyhow::Result<TcpLi
         }
     }
     bind(address).with_context(|| format!("proxy_listen = {address} can't be bound: choose a free address"))
+}
+
+/// A gateway's host that is gone without a word must not hold a place, nor a llama-server's thread, for ever: whoever sends
+/// nothing is asked whether it is there. Connections inherit this from their listener.
+fn keep_alive(socket: &tokio::net::TcpSocket) -> std::io::Result<()> {
+    socket.set_keepalive(true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &15)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &5)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &3)?;
+    Ok(())
 }
 
 /// Listens at a path that only this user's programs reach. What a dead proxy left there is removed.

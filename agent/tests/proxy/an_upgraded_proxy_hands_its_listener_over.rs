@@ -7,7 +7,7 @@ use tokio::{
     net::TcpStream,
 };
 
-const UPGRADES: usize = 3;
+const UPGRADES: usize = 6;
 
 /// One request over a connection that stays open; the answer's head.
 async fn ask(stream: &mut TcpStream, path: &str) -> String {

@@ -11,3 +11,4 @@ mod logs_are_shown_and_followed;
 mod nobody_enters_without_the_secret;
 mod support;
 mod the_proxy_outlives_the_agent;
+mod who_is_gone_without_a_word_is_noticed;

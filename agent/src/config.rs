@@ -273,7 +273,8 @@ fn places(flags: &Flags, file: &File) -> anyhow::Result<Places> {
 /// Makes a folder that only we can enter, and returns its real path.
 fn folder(setting: &str, path: &Path) -> anyhow::Result<PathBuf> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.and_then(|()| fs::canonicalize(path)).with_context(|| format!("{setting} = {}", path.display()))
+    made.and_then(|()| fs::canonicalize(path))
+        .with_context(|| format!("{setting} = {}: the agent needs a folder that it can write to", path.display()))
 }
 
 fn model_roots(given: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {

@@ -36,7 +36,10 @@ pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> 
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .with_context(|| path.display().to_string())?;
+            .with_context(|| {
+                let (folder, path) = (state_dir.display(), path.display());
+                format!("state_dir = {folder}: the agent needs a folder that it can write to, and can't open {path}")
+            })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut file) => {
                 // Only for the message below: on a full disk what runs must be taken back all the same.

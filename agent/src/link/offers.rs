@@ -53,5 +53,7 @@ pub fn check(context: &Context, offer: &Offer) -> Result<i64, No> {
             DISK_BYTES_MIN >> 20
         )));
     }
+    disk::takes_files(&settings.state_dir)
+        .map_err(|e| No::Unable(format!("{} can't be written: {e}", settings.state_dir.display())))?;
     Ok(needed)
 }

@@ -144,36 +144,37 @@ impl Node {
     }
 
     pub fn spawn_agent(&mut self) {
-        let config = self.path("agent.toml");
-        fs::write(&config, &self.config).unwrap();
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("agent.log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_drover-agent"));
-        command
-            .arg("--config")
-            .arg(config)
-            .args(["--node", "host-1", "--proxy-listen", "127.0.0.1:0"])
-            .args(["--coordinators", &self.coordinator.address().to_string()])
-            .arg("--state-dir")
-            .arg(self.path("state"))
-            .arg("--model-roots")
-            .arg(self.path("models"))
-            .arg("--llama-server")
-            .arg(&self.program)
-            .arg("--shim")
-            .arg(shim())
-            .arg("--ready-file")
-            .arg(self.path("ready.json"))
-            .args(["--log-filter", "info,drover_agent=debug"])
-            .stdin(Stdio::null())
-            .stderr(log);
-        if !self.config.contains("memory_bytes") {
-            command.args(["--memory-bytes", "100000000000"]);
-        }
+        let words = self.agent_words();
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
         if let Some((step, what)) = self.fail_point {
             let value = format!("{step}:{what}:{}", self.path("fail-point").display());
             command.env(drover_shim::failpoint::VARIABLE, value);
         }
         self.agent = Some(command.spawn().unwrap());
+    }
+
+    /// The command line of an agent, its configuration file written.
+    pub fn agent_words(&self) -> Vec<String> {
+        let config = self.path("agent.toml");
+        fs::write(&config, &self.config).unwrap();
+        let path = |name: &str| self.path(name).display().to_string();
+        let words = [
+            env!("CARGO_BIN_EXE_drover-agent").to_owned(),
+            format!("--config={}", config.display()),
+            "--node=host-1".to_owned(),
+            "--proxy-listen=127.0.0.1:0".to_owned(),
+            "--memory-bytes=100000000000".to_owned(),
+            format!("--coordinators={}", self.coordinator.address()),
+            format!("--state-dir={}", path("state")),
+            format!("--model-roots={}", path("models")),
+            format!("--llama-server={}", self.program.display()),
+            format!("--shim={}", shim().display()),
+            format!("--ready-file={}", path("ready.json")),
+            "--log-filter=info,drover_agent=debug".to_owned(),
+        ];
+        words.to_vec()
     }
 
     /// Waits until the agent has killed itself at its fail-point; those started from now on have none.

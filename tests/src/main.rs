@@ -28,8 +28,11 @@ enum What {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// From apply to ready beside the same servers started by hand until /health is 200, for 1 and 20 replicas.
+    /// From apply to ready beside the same servers started by hand until /health is 200, with the processor time of each part.
     Start {
+        /// Numbers of replicas.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 20, 50], value_parser = clap::value_parser!(i32).range(1..=200))]
+        replicas: Vec<i32>,
         /// Runs of each kind; the median counts.
         #[arg(long, default_value_t = 3)]
         runs: usize,
@@ -42,7 +45,9 @@ enum Bench {
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().what {
-        What::Bench { name: Bench::Start { runs, json } } => bench::start::run(runs.max(1), json).await?,
+        What::Bench { name: Bench::Start { replicas, runs, json } } => {
+            bench::start::run(replicas, runs.max(1), json).await?;
+        }
         What::Soak(args) => return Ok(if soak::run(args).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
     }
     Ok(ExitCode::SUCCESS)

@@ -33,6 +33,8 @@ pub const LABELS_MAX: usize = 64;
 pub const PAGE_SIZE: usize = 100;
 /// Most results of a page.
 pub const PAGE_SIZE_MAX: usize = 1000;
+/// Most claims of one call: each takes three comparisons and three reads of a transaction, which has 128 of each.
+pub const CLAIMS_PER_CALL_MAX: usize = 32;
 /// Events kept for each object.
 pub const EVENTS_PER_OBJECT: u64 = 64;
 

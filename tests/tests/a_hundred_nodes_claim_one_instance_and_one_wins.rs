@@ -2,15 +2,17 @@
 //!
 //! The judge is a watch on etcd by etcdctl, which links none of the product: a claim that is written while one stands is a
 //! second owner. Half of the nodes claim by the offer; the other half re-claim, where nothing but the comparison of the
-//! claim's own key stands between two owners. With that comparison taken out the judge must see it.
+//! claim's own key stands between two owners. Half of either claim by the call that takes several at once. With that
+//! comparison taken out the judge must see it.
 
 use anyhow::{Context as _, bail, ensure};
 use drover_proto::{
     status,
     transport::Connection,
     v1::{
-        ApplyDeploymentRequest, Capacity, ClaimRequest, Heartbeat, Hello, ModelFile, ModelInventory, SessionRequest,
-        Token, node_service_client::NodeServiceClient, session_request, session_response::Message,
+        ApplyDeploymentRequest, Capacity, ClaimItem, ClaimManyRequest, ClaimRequest, Heartbeat, Hello, ModelFile,
+        ModelInventory, SessionRequest, Token, node_service_client::NodeServiceClient, session_request,
+        session_response::Message,
     },
 };
 use drover_tests::{
@@ -160,30 +162,44 @@ impl Node {
         timeout(SOON, wanted).await.with_context(|| format!("no offer of {deployment} came to {}", self.name))?
     }
 
-    /// Claims; true when it won. Any refusal but a lost race is an error.
-    async fn claim(&mut self, instance: &str, offer_revision: i64, again: bool) -> anyhow::Result<bool> {
-        let request = ClaimRequest {
-            session_id: self.session_id.clone(),
-            session_revision: self.session_revision,
+    /// Claims, alone or by the call that takes several; true when it won. Any refusal but a lost race is an error.
+    async fn claim(&mut self, instance: &str, offer_revision: i64, again: bool, many: bool) -> anyhow::Result<bool> {
+        let item = ClaimItem {
             instance: instance.to_owned(),
             offer_revision: if again { 0 } else { offer_revision },
             nonce: format!("{}-{instance}", self.name),
             memory_bytes: 1,
             recorded_token: again.then_some(Token { generation: 1, revision: 1 }),
-            halt_generation: 0,
+            ..ClaimItem::default()
         };
-        match self.client.claim(request).await {
-            Ok(answer) => {
-                self.session_revision = answer.into_inner().session_revision;
+        let (session_id, session_revision) = (self.session_id.clone(), self.session_revision);
+        let outcome = if many {
+            let request = ClaimManyRequest { session_id, session_revision, halt_generation: 0, claims: vec![item] };
+            let answer = self.client.claim_many(request).await?.into_inner();
+            let result = answer.results.first().context("no result")?;
+            if result.token.is_some() { Ok(answer.session_revision) } else { Err(result.reason.clone()) }
+        } else {
+            let request = ClaimRequest {
+                session_id,
+                session_revision,
+                instance: item.instance,
+                offer_revision: item.offer_revision,
+                nonce: item.nonce,
+                memory_bytes: item.memory_bytes,
+                recorded_token: item.recorded_token,
+                halt_generation: 0,
+            };
+            let answer = self.client.claim(request).await;
+            answer.map(|a| a.into_inner().session_revision).map_err(|e| status::reason_of(&e).unwrap_or(e.to_string()))
+        };
+        match outcome {
+            Ok(revision) => {
+                self.session_revision = revision;
                 Ok(true)
             }
-            Err(refusal) => {
-                let reason = status::reason_of(&refusal).unwrap_or_default();
-                ensure!(
-                    [status::reason::ALREADY_CLAIMED, status::reason::OFFER_GONE].contains(&reason.as_str()),
-                    "{}: {refusal}",
-                    self.name
-                );
+            Err(why) => {
+                let lost = [status::reason::ALREADY_CLAIMED, status::reason::OFFER_GONE].contains(&why.as_str());
+                ensure!(lost, "{}: {why}", self.name);
                 Ok(false)
             }
         }
@@ -215,7 +231,8 @@ async fn race(
         // Everybody holds the offer before anybody claims.
         let offers = try_join_all(members.iter_mut().map(|m| m.offer(&name))).await?;
         let claims = members.iter_mut().zip(&offers).enumerate();
-        let won = join_all(claims.map(|(n, (m, (id, revision)))| m.claim(id, *revision, n % 4 >= 2))).await;
+        let won =
+            join_all(claims.map(|(n, (m, (id, revision)))| m.claim(id, *revision, n % 4 >= 2, (n / 4) % 2 == 1))).await;
         winners.push(won.into_iter().collect::<anyhow::Result<Vec<bool>>>()?.into_iter().filter(|w| *w).count());
     }
     // The judge reads on its own: wait until it has seen every round.

@@ -2,12 +2,12 @@
 //! which answers get lost.
 
 use drover_proto::{
-    status::{reason, with_reason},
+    status::{reason, reason_of, with_reason},
     transport::{Admit, Security},
     v1::{
-        ClaimRequest, ClaimResponse, ClaimSet, CommandAnswer, DeploymentSpec, EndRun, HeartbeatAck, Hello,
-        InstanceState, NodeCommand, NodeEvent, Offer, OwnedClaim, SessionRequest, SessionResponse, StatusAck,
-        StatusReport, Token, Welcome, node_command,
+        ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, ClaimResult, ClaimSet, CommandAnswer,
+        DeploymentSpec, EndRun, HeartbeatAck, Hello, InstanceState, NodeCommand, NodeEvent, Offer, OwnedClaim,
+        SessionRequest, SessionResponse, StatusAck, StatusReport, Token, Welcome, node_command,
         node_service_server::{NodeService, NodeServiceServer},
         session_request, session_response,
     },
@@ -42,11 +42,14 @@ pub enum Answer {
 #[derive(Debug)]
 pub struct State {
     pub hellos: Vec<Hello>,
+    pub heartbeats: usize,
     pub welcomes: Vec<Welcome>,
     pub reports: Vec<StatusReport>,
     pub events: Vec<NodeEvent>,
     pub claims: Vec<ClaimRequest>,
     pub command_answers: Vec<CommandAnswer>,
+    /// Number of claims of each call for several.
+    pub calls: Vec<usize>,
     pub answers: VecDeque<Answer>,
     pub owned: BTreeMap<String, OwnedClaim>,
     pub end_runs: Vec<EndRun>,
@@ -56,6 +59,8 @@ pub struct State {
     pub alive: bool,
     /// False: a claim that was made is told by its own answer only.
     pub announcing: bool,
+    /// True: an older coordinator, which does not know how to claim several at once.
+    pub one_by_one: bool,
     /// True: late answers wait.
     pub holding_answers: bool,
     pub ttl_ms: i64,
@@ -81,17 +86,20 @@ impl Coordinator {
         let address = listener.local_addr().unwrap();
         let service = Service(Arc::new(Mutex::new(State {
             hellos: Vec::new(),
+            heartbeats: 0,
             welcomes: Vec::new(),
             reports: Vec::new(),
             events: Vec::new(),
             claims: Vec::new(),
             command_answers: Vec::new(),
+            calls: Vec::new(),
             answers: VecDeque::new(),
             owned: BTreeMap::new(),
             end_runs: Vec::new(),
             answering: true,
             alive: true,
             announcing: true,
+            one_by_one: false,
             holding_answers: true,
             ttl_ms: 3_000,
             generation: 1,
@@ -218,6 +226,7 @@ impl State {
     fn take(&mut self, message: session_request::Message) {
         match message {
             session_request::Message::Heartbeat(heartbeat) if self.answering => {
+                self.heartbeats += 1;
                 let ack = HeartbeatAck { sequence: heartbeat.sequence, ttl_ms: self.ttl_ms };
                 self.send(session_response::Message::HeartbeatAck(ack));
             }
@@ -321,5 +330,40 @@ impl NodeService for Service {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         answer
+    }
+
+    async fn claim_many(&self, request: Request<ClaimManyRequest>) -> Result<Response<ClaimManyResponse>, Status> {
+        let request = request.into_inner();
+        if self.0.lock().unwrap().one_by_one {
+            return Err(Status::unimplemented("as the script says"));
+        }
+        self.0.lock().unwrap().calls.push(request.claims.len());
+        let mut session_revision = request.session_revision;
+        let mut results = Vec::new();
+        for item in request.claims {
+            let one = ClaimRequest {
+                session_id: request.session_id.clone(),
+                session_revision,
+                instance: item.instance.clone(),
+                offer_revision: item.offer_revision,
+                nonce: item.nonce,
+                memory_bytes: item.memory_bytes,
+                recorded_token: item.recorded_token,
+                halt_generation: request.halt_generation,
+            };
+            let mut result = ClaimResult { instance: item.instance, ..ClaimResult::default() };
+            match self.claim(Request::new(one)).await.map(Response::into_inner) {
+                Ok(made) => {
+                    session_revision = made.session_revision;
+                    (result.token, result.spec, result.revision) = (made.token, made.spec, made.revision);
+                }
+                Err(status) => match reason_of(&status) {
+                    Some(why) if why != reason::SESSION_MOVED => result.reason = why,
+                    _ => return Err(status),
+                },
+            }
+            results.push(result);
+        }
+        Ok(Response::new(ClaimManyResponse { results, session_revision }))
     }
 }

@@ -13,7 +13,6 @@ use drover_proto::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
-use tracing::Instrument as _;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -44,20 +43,33 @@ impl NodeService for Node {
 
     async fn claim(&self, request: Request<v1::ClaimRequest>) -> Result<Response<v1::ClaimResponse>, Status> {
         let node = Peer::node_of(&request)?;
-        let span = tracing::info_span!("node.claim", node, instance = request.get_ref().instance);
-        drover_telemetry::context::set_parent(&span, &drover_telemetry::context::extract_metadata(request.metadata()));
+        let traceparent = drover_telemetry::context::extract_metadata(request.metadata());
         let request = request.into_inner();
         ids::check_instance_id(&request.instance).map_err(|e| invalid_field("instance", e.to_string()))?;
-        let claimed = self.claims.claim(&node, &request).instrument(span).await;
-        claimed.map(Response::new).map_err(|error| match error {
-            claims::Error::Refused { reason: why @ reason::INVALID_FIELD, message } => {
-                with_reason(Code::InvalidArgument, why, message)
-            }
-            claims::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, reason, message),
-            claims::Error::Behind(behind) => {
-                with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, behind.to_string())
-            }
-            claims::Error::Store(error) => store_status(error),
-        })
+        self.claims.claim(&node, &request, &traceparent).await.map(Response::new).map_err(status_of)
+    }
+
+    async fn claim_many(
+        &self,
+        request: Request<v1::ClaimManyRequest>,
+    ) -> Result<Response<v1::ClaimManyResponse>, Status> {
+        let node = Peer::node_of(&request)?;
+        let request = request.into_inner();
+        for (n, item) in request.claims.iter().enumerate() {
+            ids::check_instance_id(&item.instance)
+                .map_err(|e| invalid_field(&format!("claims[{n}].instance"), e.to_string()))?;
+        }
+        self.claims.claim_many(&node, &request).await.map(Response::new).map_err(status_of)
+    }
+}
+
+fn status_of(error: claims::Error) -> Status {
+    match error {
+        claims::Error::Refused { reason: why, message } if why == reason::INVALID_FIELD => {
+            with_reason(Code::InvalidArgument, reason::INVALID_FIELD, message)
+        }
+        claims::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, &reason, message),
+        claims::Error::Behind(behind) => with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, behind.to_string()),
+        claims::Error::Store(error) => store_status(error),
     }
 }

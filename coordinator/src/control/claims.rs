@@ -1,37 +1,38 @@
 //! Claims: made by one transaction of the store, and by nothing else.
 //!
-//! The transaction is that of the design ("Claiming"): it compares the offer, that there is no claim, that the offer has
-//! not served before, the session at the revision that the *request* names, the schema, and the halt as read.
+//! The transaction is that of the design ("Claiming"): for each instance it compares the offer, that there is no claim and
+//! that the offer has not served before; once for all of them the session at the revision that the *request* names, the
+//! schema, and the halt as read. Several claims of one node share it, and so their token. When it fails, those that what it
+//! read shows lost are left out and it is tried for the others: it has written nothing, so the session is still to be at
+//! the revision of the request, which is never read again.
+
+mod batch;
 
 use super::{
-    clock,
     events::Events,
-    mutant,
     view::{Behind, View},
 };
-use crate::{
-    plan::snapshot::Snapshot,
-    store::{self, Compare, Op, Store, Txn, keys, records},
-};
+use crate::store::{self, Store};
+use batch::Batch;
 use drover_proto::{
     limits,
     status::reason,
-    store::v1 as record,
-    v1::{ClaimRequest, ClaimResponse, Severity, Token},
+    v1::{ClaimItem, ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, ClaimResult, Severity, Token},
 };
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
+use tracing::Span;
 
 /// Longest wait for this coordinator's view to reach what the request refers to.
 const CATCH_UP: Duration = Duration::from_secs(2);
 
-/// Why a claim was not made.
+/// Why no claim was made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It is lost; `reason` is one of `drover_proto::status::reason`.
     #[error("{message}")]
     Refused {
         /// Word for programs.
-        reason: &'static str,
+        reason: String,
         /// For people.
         message: String,
     },
@@ -43,8 +44,21 @@ pub enum Error {
     Store(#[from] store::Error),
 }
 
-fn refused(reason: &'static str, message: impl Into<String>) -> Error {
-    Error::Refused { reason, message: message.into() }
+/// Why one claim was not made.
+#[derive(Debug)]
+struct Refused {
+    reason: &'static str,
+    message: String,
+}
+
+fn refused(reason: &'static str, message: impl Into<String>) -> Refused {
+    Refused { reason, message: message.into() }
+}
+
+impl From<Refused> for Error {
+    fn from(Refused { reason, message }: Refused) -> Self {
+        Self::Refused { reason: reason.to_owned(), message }
+    }
 }
 
 /// Makes claims.
@@ -62,152 +76,86 @@ impl Claims {
         Self { store, view, events }
     }
 
-    /// Claims an instance for a node.
-    pub async fn claim(&self, node: &str, request: &ClaimRequest) -> Result<ClaimResponse, Error> {
-        let known = request.session_revision.max(request.offer_revision);
-        let snapshot = self.view.at_least(known, CATCH_UP).await?;
-        let instance = check(&snapshot, node, request)?;
-        let spec = snapshot.spec_of(&instance).cloned().ok_or_else(|| {
-            refused(reason::OFFER_GONE, format!("revision {} of {} is gone", instance.revision, instance.deployment))
-        })?;
-        let outcome = self.store.txn(transaction(&snapshot, node, request, &instance)?).await?;
-        if !outcome.succeeded {
-            return Err(why_lost(&outcome.reads, node, request));
+    /// Claims an instance for a node, in the trace of `traceparent`.
+    pub async fn claim(&self, node: &str, request: &ClaimRequest, traceparent: &str) -> Result<ClaimResponse, Error> {
+        let item = ClaimItem {
+            instance: request.instance.clone(),
+            offer_revision: request.offer_revision,
+            nonce: request.nonce.clone(),
+            memory_bytes: request.memory_bytes,
+            recorded_token: request.recorded_token,
+            traceparent: traceparent.to_owned(),
+        };
+        let one = ClaimManyRequest {
+            session_id: request.session_id.clone(),
+            session_revision: request.session_revision,
+            halt_generation: request.halt_generation,
+            claims: vec![item],
+        };
+        let answer = self.claim_many(node, &one).await?;
+        let session_revision = answer.session_revision;
+        match answer.results.into_iter().next() {
+            Some(ClaimResult { token: Some(token), spec, revision, .. }) => {
+                Ok(ClaimResponse { token: Some(token), session_revision, spec, revision })
+            }
+            Some(ClaimResult { reason, message, .. }) => Err(Error::Refused { reason, message }),
+            // There is a result for each claim of the request.
+            None => Err(refused(reason::OFFER_GONE, "the claim has no result").into()),
         }
-        let token = Token { generation: snapshot.generation(), revision: outcome.revision };
-        let what = if request.recorded_token.is_some() { "ReClaimed" } else { "Claimed" };
-        let message = format!("by {node} with token {token}");
-        // A node that is back claims again all that it has: that it is back is told once.
-        let on = request.recorded_token.is_none().then_some(node);
-        self.events.record_on_node(on, &request.instance, what, Severity::Info, message);
-        Ok(ClaimResponse {
-            token: Some(token),
-            session_revision: outcome.revision,
-            spec: Some(spec),
-            revision: instance.revision,
-        })
+    }
+
+    /// Claims several instances for a node. `Err` when nothing was made for a reason that they share, and when it is not
+    /// known whether it was.
+    pub async fn claim_many(&self, node: &str, request: &ClaimManyRequest) -> Result<ClaimManyResponse, Error> {
+        check_form(&request.claims)?;
+        let spans: Vec<Span> = request.claims.iter().map(|item| span(node, item)).collect();
+        let offered = request.claims.iter().map(|item| item.offer_revision).max().unwrap_or(0);
+        let snapshot = self.view.at_least(request.session_revision.max(offered), CATCH_UP).await?;
+        let mut batch = Batch::check(&snapshot, node, request)?;
+        let mut session_revision = request.session_revision;
+        while !batch.is_settled() {
+            let outcome = self.store.txn(batch.transaction()?).await?;
+            if outcome.succeeded {
+                session_revision = outcome.revision;
+                batch.made(Token { generation: snapshot.generation(), revision: outcome.revision });
+            } else {
+                // What is lost leaves the batch, so this ends.
+                batch.lost(&outcome.reads)?;
+            }
+        }
+        let results = batch.into_results();
+        for ((item, result), span) in request.claims.iter().zip(&results).zip(spans) {
+            let Some(token) = result.token else { continue };
+            let again = item.recorded_token.is_some();
+            let what = if again { "ReClaimed" } else { "Claimed" };
+            // A node that is back claims again all that it has: that it is back is told once.
+            let on = (!again).then_some(node);
+            let message = format!("by {node} with token {token}");
+            span.in_scope(|| self.events.record_on_node(on, &item.instance, what, Severity::Info, message));
+        }
+        Ok(ClaimManyResponse { results, session_revision })
     }
 }
 
-/// What can be told from the view before the store is asked: cheap refusals, and the node's capacity.
-fn check(snapshot: &Snapshot, node: &str, request: &ClaimRequest) -> Result<record::Instance, Error> {
-    let session = snapshot.sessions.get(node).filter(|s| s.value.session_id == request.session_id);
-    match session {
-        None => {
-            return Err(refused(
-                reason::SESSION_MOVED,
-                format!("{node} has no session {}: open one", request.session_id),
-            ));
-        }
-        Some(s) if s.mod_revision != request.session_revision => {
-            let message = format!(
-                "the session is at revision {}, the request names {}",
-                s.mod_revision, request.session_revision
-            );
-            return Err(refused(reason::SESSION_MOVED, message));
-        }
-        Some(_) => {}
-    }
-    let gone = |what: String| refused(reason::OFFER_GONE, what);
-    let stored = snapshot
-        .instances
-        .get(&request.instance)
-        .filter(|i| i.value.wanted)
-        .ok_or_else(|| gone(format!("{} is not wanted any more", request.instance)))?;
-    let again = request.recorded_token.is_some();
-    if !again {
-        let offer = stored.value.offer.as_ref().filter(|_| stored.mod_revision == request.offer_revision);
-        let offer = offer.ok_or_else(|| gone(format!("the offer of {} was replaced", request.instance)))?;
-        if !offer.candidates.iter().any(|c| c == node) {
-            return Err(gone(format!("{} was not offered to {node}", request.instance)));
-        }
-        if offer.deadline.as_ref().map_or(0, clock::millis) < clock::now_ms() {
-            return Err(gone(format!("the offer of {} has run out", request.instance)));
-        }
-    }
-    if let Some(claim) = snapshot.claims.get(&request.instance)
-        && !mutant::on(mutant::name::CLAIM_WITHOUT_CREATE_COMPARE)
-    {
-        return Err(refused(reason::ALREADY_CLAIMED, format!("{} is owned by {}", request.instance, claim.value.node)));
-    }
-    if snapshot.halted() && !(again && snapshot.halt.as_ref().is_some_and(|h| h.value.level == "claims")) {
-        return Err(refused(reason::HALTED, "claiming is halted"));
-    }
-    if !(0..=limits::MEMORY_BYTES_MAX).contains(&request.memory_bytes) {
-        let (bytes, max) = (request.memory_bytes, limits::MEMORY_BYTES_MAX);
-        return Err(refused(reason::INVALID_FIELD, format!("memory_bytes = {bytes} is not allowed: use 0 to {max}")));
-    }
-    if !again {
-        let capacity = snapshot.nodes.get(node).and_then(|n| n.value.capacity.as_ref()).map_or(0, |c| c.memory_bytes);
-        let free = capacity.saturating_sub(snapshot.reserved_bytes(node));
-        if free < request.memory_bytes {
-            let message = format!("{node} has {free} bytes of memory left, {} are needed", request.memory_bytes);
-            return Err(refused(reason::NO_CAPACITY, message));
-        }
-    }
-    Ok(stored.value.clone())
+fn span(node: &str, item: &ClaimItem) -> Span {
+    let span = tracing::info_span!("node.claim", node, instance = item.instance);
+    drover_telemetry::context::set_parent(&span, &item.traceparent);
+    span
 }
 
-/// The claim transaction.
-fn transaction(
-    snapshot: &Snapshot,
-    node: &str,
-    request: &ClaimRequest,
-    instance: &record::Instance,
-) -> Result<Txn, Error> {
-    let id = &request.instance;
-    let again = request.recorded_token.is_some();
-    let (Some(session), Some(stored), Some(schema)) =
-        (snapshot.sessions.get(node), snapshot.instances.get(id), snapshot.schema.as_ref())
-    else {
-        return Err(refused(reason::SESSION_MOVED, "the view has changed meanwhile"));
-    };
-    let mut compare = vec![
-        Compare::ModRevision(keys::instance(id), stored.mod_revision),
-        Compare::ModRevision(keys::session(node), request.session_revision),
-        Compare::ModRevision(keys::SCHEMA.to_owned(), schema.mod_revision),
-        Compare::ModRevision(keys::HALT.to_owned(), snapshot.halt.as_ref().map_or(0, |h| h.mod_revision)),
-    ];
-    if !mutant::on(mutant::name::CLAIM_WITHOUT_CREATE_COMPARE) {
-        compare.push(Compare::CreateRevision(keys::claim(id), 0));
+/// What is wrong with a request whatever the store holds.
+fn check_form(items: &[ClaimItem]) -> Result<(), Error> {
+    let invalid = |what: String| Err(refused(reason::INVALID_FIELD, what).into());
+    let (count, max) = (items.len(), limits::CLAIMS_PER_CALL_MAX);
+    if !(1..=max).contains(&count) {
+        return invalid(format!("claims: {count} are named, 1 to {max} are allowed: spread them over several calls"));
     }
-    if !again {
-        compare.push(Compare::ModRevisionBelow(keys::taken(id), request.offer_revision));
+    let mut named = BTreeSet::new();
+    match items.iter().enumerate().find(|(_, item)| !named.insert(&item.instance)) {
+        Some((n, item)) => invalid(format!(
+            "claims[{n}].instance = \"{}\" is named by an earlier claim of this call: claim it once",
+            item.instance
+        )),
+        None => Ok(()),
     }
-    let lease = session.value.lease;
-    let claim = record::Claim {
-        node: node.to_owned(),
-        session_id: request.session_id.clone(),
-        nonce: request.nonce.clone(),
-        memory_bytes: request.memory_bytes,
-        gpus: vec![],
-        revision: instance.revision,
-    };
-    let bumped = record::Session { version: session.value.version + 1, ..session.value.clone() };
-    let taken = record::Taken { node: node.to_owned(), nonce: request.nonce.clone() };
-    Ok(Txn {
-        compare,
-        then: vec![
-            records::put(keys::claim(id), &claim, lease),
-            records::put(keys::session(node), &bumped, lease),
-            records::put(keys::taken(id), &taken, 0),
-        ],
-        otherwise: vec![Op::Get(keys::claim(id)), Op::Get(keys::session(node)), Op::Get(keys::instance(id))],
-    })
-}
-
-/// Tells from what the failed transaction read which compare did not hold.
-fn why_lost(reads: &[Vec<store::KeyValue>], node: &str, request: &ClaimRequest) -> Error {
-    let read = |n: usize| reads.get(n).and_then(|r| r.first());
-    if let Some(claim) = read(0) {
-        let owner = records::decode::<record::Claim>(claim).map(|c| c.node).unwrap_or_default();
-        return refused(reason::ALREADY_CLAIMED, format!("{} is owned by {owner}", request.instance));
-    }
-    if read(1).is_none_or(|s| s.mod_revision != request.session_revision) {
-        return refused(reason::SESSION_MOVED, format!("the session of {node} has moved on: resume it"));
-    }
-    refused(
-        reason::OFFER_GONE,
-        format!("the offer of {} was replaced, used or withdrawn, or a halt was set", request.instance),
-    )
 }

@@ -1,5 +1,6 @@
 //! Claims, reports, election and collection over the store in memory: each rule by name.
 
+mod batches;
 mod faults;
 mod faulty;
 
@@ -112,9 +113,9 @@ impl World {
             recorded_token: (offer == 0).then_some(Token { generation: 1, revision: 1 }),
             halt_generation: 0,
         };
-        match self.claims.claim(node, &request).await {
+        match self.claims.claim(node, &request, "").await {
             Ok(answer) => Ok((answer.token.unwrap(), answer.session_revision)),
-            Err(claims::Error::Refused { reason, .. }) => Err(reason.to_owned()),
+            Err(claims::Error::Refused { reason, .. }) => Err(reason),
             Err(other) => panic!("{other}"),
         }
     }
@@ -129,12 +130,17 @@ impl World {
         self.statuses.record(node, &report).await.unwrap()
     }
 
-    /// Waits until the last event asked for is recorded.
+    /// Waits until the last event asked for is recorded: they are written in their order.
     async fn events_settled(&self) {
+        let mark = rand::random::<u64>().to_string();
         let object = super::events::FLEET.to_owned();
-        self.events.record(object, "Settled", drover_proto::v1::Severity::Info, String::new());
+        self.events.record(object, "Settled", drover_proto::v1::Severity::Info, mark.clone());
         let settled = async {
-            while self.store.list(&keys::events(super::events::FLEET)).await.unwrap().items.is_empty() {
+            loop {
+                let items = self.store.list(&keys::events(super::events::FLEET)).await.unwrap().items;
+                if items.iter().any(|kv| kv.value.windows(mark.len()).any(|part| part == mark.as_bytes())) {
+                    return;
+                }
                 tokio::task::yield_now().await;
             }
         };

@@ -1,16 +1,11 @@
 //! Late writes, a full store, a view that does not see: nothing is lost, overwritten or tried without a pause.
 
-use super::{faulty::Faulty, *};
+use super::{batches::faulty_world, *};
 use crate::{
     control::sessions::node_record::{self, Told},
     store::Op,
 };
 use std::sync::atomic::Ordering::SeqCst;
-
-async fn faulty() -> (World, Arc<Faulty>) {
-    let faulty = Arc::new(Faulty::start());
-    (World::over(faulty.clone()).await, faulty)
-}
 
 /// Lets every other task run as long as it does not wait for time.
 async fn let_run() {
@@ -47,7 +42,7 @@ async fn a_report_under_the_token_of_another_node_changes_nothing() {
 
 #[tokio::test]
 async fn a_report_that_commits_late_does_not_overwrite_a_later_one() {
-    let (world, faulty) = faulty().await;
+    let (world, faulty) = faulty_world().await;
     world.deployment("m", 1).await;
     let a = world.node("a", 100).await;
     let offer = world.offered("m-222222", &["a"]).await;
@@ -107,13 +102,13 @@ async fn a_claim_of_absurd_size_is_refused_by_name() {
         recorded_token: Some(Token { generation: 1, revision: 1 }),
         ..ClaimRequest::default()
     };
-    let refused = world.claims.claim("a", &request).await.unwrap_err();
+    let refused = world.claims.claim("a", &request, "").await.unwrap_err();
     assert!(refused.to_string().contains("memory_bytes = 9223372036854775807"), "{refused}");
 }
 
 #[tokio::test]
 async fn an_election_that_fails_is_repeated_after_a_pause() {
-    let (world, faulty) = faulty().await;
+    let (world, faulty) = faulty_world().await;
     faulty.full.store(true, SeqCst);
     let before = faulty.grants.load(SeqCst);
     let (_leadership, _) = leader::start(world.store.clone(), world.view.clone(), "one".to_owned(), world.stop.clone());
@@ -123,7 +118,7 @@ async fn an_election_that_fails_is_repeated_after_a_pause() {
 }
 
 /// A cycle that leads, its leadership in hand.
-async fn leading(
+pub(super) async fn leading(
     world: &World,
 ) -> (tokio::sync::watch::Sender<Option<leader::Term>>, tokio::sync::watch::Receiver<BTreeMap<String, String>>) {
     let leader = record::Leader { coordinator: "one".to_owned(), since: None };
@@ -139,7 +134,7 @@ async fn leading(
 
 #[tokio::test]
 async fn a_plan_that_can_not_be_carried_out_is_not_tried_again_without_a_pause() {
-    let (world, faulty) = faulty().await;
+    let (world, faulty) = faulty_world().await;
     world.deployment("m", 1).await;
     // A record that can't be read: the view keeps the last good one, and every write that relies on it fails.
     let garbage = Op::Put { key: keys::deployment("m"), value: vec![0xff; 3], lease: 0 };
@@ -166,7 +161,7 @@ async fn who_leads_no_more_does_not_go_on_telling_what_it_could_not_place() {
 
 #[tokio::test]
 async fn what_a_node_tells_of_itself_is_recorded_in_the_end_and_never_over_what_it_told_later_elsewhere() {
-    let (world, faulty) = faulty().await;
+    let (world, faulty) = faulty_world().await;
     world.node("a", 100).await;
     let models = |root: &str| Some(ModelInventory { roots: vec![root.to_owned()], ..ModelInventory::default() });
     let (tell, told) = tokio::sync::watch::channel(Told::default());

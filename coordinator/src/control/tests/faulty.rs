@@ -19,6 +19,8 @@ pub(super) struct Faulty {
     /// The next transaction is held back, its outcome unknown to its caller.
     pub(super) hold: AtomicBool,
     held: Mutex<Option<Txn>>,
+    /// Done before the next transaction, by somebody else.
+    before: Mutex<Option<Txn>>,
 }
 
 impl Faulty {
@@ -30,7 +32,18 @@ impl Faulty {
             full: AtomicBool::new(false),
             hold: AtomicBool::new(false),
             held: Mutex::new(None),
+            before: Mutex::new(None),
         }
+    }
+
+    /// Somebody else does this between now and the next transaction, and nobody has seen it by then.
+    pub(super) fn before_next_txn(&self, txn: Txn) {
+        *self.before.lock().unwrap() = Some(txn);
+    }
+
+    /// Somebody else does this now.
+    pub(super) async fn by_others(&self, txn: Txn) {
+        assert!(self.inner.txn(txn).await.unwrap().succeeded);
     }
 
     /// The transaction held back commits now, if it still may.
@@ -50,6 +63,10 @@ impl Backend for Faulty {
     }
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, Error> {
         self.txns.fetch_add(1, SeqCst);
+        let before = self.before.lock().unwrap().take();
+        if let Some(before) = before {
+            assert!(self.inner.txn(before).await?.succeeded);
+        }
         if self.hold.swap(false, SeqCst) {
             *self.held.lock().unwrap() = Some(txn);
             return Err(Error::OutcomeUnknown("held back".to_owned()));

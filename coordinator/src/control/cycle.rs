@@ -1,7 +1,7 @@
-//! The cycle of the elected coordinator: observe (a snapshot) → plan (pure) → commit (one guarded transaction an action).
+//! The cycle of the elected coordinator: observe (a snapshot) → plan (pure) → commit (guarded transactions, many actions each).
 //!
 //! Carrying out decides nothing: what a plan says is written if the records are as the plan saw them, else left for the
-//! next plan. The next plan waits until the view has seen everything that this one wrote.
+//! next plan. Actions share transactions; where that fails each has its own. The next plan waits until the view has seen everything that this one wrote.
 
 use super::{
     clock,
@@ -11,13 +11,17 @@ use super::{
 };
 use crate::{
     plan::{self, Action, Input, Plan, snapshot::Snapshot},
-    store::{Compare, Error, Op, Store, keys, records},
+    store::{
+        Compare, Error, Op, Store, keys,
+        pack::{Step, pack},
+        records,
+    },
 };
 use drover_proto::{store::v1 as record, v1::Severity};
-use futures::{FutureExt as _, StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use std::{collections::BTreeMap, time::Duration};
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument as _;
+use tracing::Span;
 
 /// Transactions of one plan under way at the same time.
 const CONCURRENT: usize = 16;
@@ -132,38 +136,40 @@ impl Cycle {
 
     /// Returns the highest revision written and whether anything failed for a reason that time may mend.
     async fn commit(&self, term: &Term, snapshot: &Snapshot, plan: &Plan) -> (i64, bool) {
-        let steps: Vec<_> = plan.actions.iter().map(|action| self.step(term, snapshot, action).boxed()).collect();
-        stream::iter(steps)
-            .buffer_unordered(CONCURRENT)
-            .fold((0, false), |(revision, failed), (r, f)| async move { (revision.max(r), failed || f) })
-            .await
+        let written = plan.actions.iter().map(|action| Written::of(snapshot, action)).collect();
+        let runs = pack(written, 1, |written: &Written<'_>| &written.step);
+        gathered(runs.iter().map(|run| self.carry_out(term, snapshot, run)).collect()).await
     }
 
-    async fn step(&self, term: &Term, snapshot: &Snapshot, action: &Action) -> (i64, bool) {
-        let span = tracing::info_span!("plan.commit", action = name(action), object = object(action));
-        drover_telemetry::context::set_parent(&span, &cause(snapshot, action));
-        match self.carry_out(term, snapshot, action).instrument(span).await {
-            Ok(revision) => (revision, false),
-            Err(error) => {
-                tracing::warn!(%error, action = name(action), "a step of the plan was not carried out");
-                (0, true)
+    /// Actions that share a transaction. When the records are not as the plan saw them for one of them, each is tried for
+    /// itself: that one is left for the next plan.
+    fn carry_out<'a>(
+        &'a self,
+        term: &'a Term,
+        snapshot: &'a Snapshot,
+        run: &'a [Written<'a>],
+    ) -> BoxFuture<'a, (i64, bool)> {
+        async move {
+            let together = Step::join(run.iter().map(|written| &written.step));
+            match self.store.txn(guarded(term, together)).await {
+                Ok(outcome) if outcome.succeeded => {
+                    for written in run {
+                        written.span.in_scope(|| self.tell(snapshot, written.action));
+                    }
+                    (outcome.revision, false)
+                }
+                Ok(_) | Err(Error::Rejected(_)) if run.len() > 1 => {
+                    gathered(run.chunks(1).map(|one| self.carry_out(term, snapshot, one)).collect()).await
+                }
+                Ok(_) => (0, false),
+                Err(error) => {
+                    let actions: Vec<_> = run.iter().map(|written| name(written.action)).collect();
+                    tracing::warn!(%error, ?actions, "a step of the plan was not carried out");
+                    (0, true)
+                }
             }
         }
-    }
-
-    /// One action, one transaction. 0 when the records were not as the plan saw them.
-    async fn carry_out(&self, term: &Term, snapshot: &Snapshot, action: &Action) -> Result<i64, Error> {
-        let traceparent = match drover_telemetry::context::current_traceparent() {
-            none if none.is_empty() => cause(snapshot, action),
-            current => current,
-        };
-        let (compare, then) = transaction(snapshot, action, traceparent);
-        let outcome = self.store.txn(guarded(term, compare, then)).await?;
-        if !outcome.succeeded {
-            return Ok(0);
-        }
-        self.tell(snapshot, action);
-        Ok(outcome.revision)
+        .boxed()
     }
 
     fn tell(&self, snapshot: &Snapshot, action: &Action) {
@@ -193,6 +199,35 @@ impl Cycle {
             }
             Action::Collect { .. } | Action::TrimRevisions { .. } => {}
         }
+    }
+}
+
+/// Does several transactions, a few at a time: the highest revision written, and whether one has failed.
+async fn gathered(steps: Vec<BoxFuture<'_, (i64, bool)>>) -> (i64, bool) {
+    stream::iter(steps)
+        .buffer_unordered(CONCURRENT)
+        .fold((0, false), |(revision, failed), (r, f)| async move { (revision.max(r), failed || f) })
+        .await
+}
+
+/// An action as it is written, and its span, which is open until it is done.
+struct Written<'a> {
+    action: &'a Action,
+    span: Span,
+    step: Step,
+}
+
+impl<'a> Written<'a> {
+    fn of(snapshot: &Snapshot, action: &'a Action) -> Self {
+        let span = tracing::info_span!("plan.commit", action = name(action), object = object(action));
+        let cause = cause(snapshot, action);
+        drover_telemetry::context::set_parent(&span, &cause);
+        let traceparent = match drover_telemetry::context::traceparent_of(&span) {
+            none if none.is_empty() => cause,
+            own => own,
+        };
+        let (compare, then) = transaction(snapshot, action, traceparent);
+        Self { action, span, step: Step { compare, then } }
     }
 }
 

@@ -4,14 +4,14 @@
 //! about an object that is gone goes into the fleet's ring, so that nothing is written that nobody would collect.
 
 use super::clock;
-use crate::store::{Compare, Error, Store, Txn, keys, records};
+use crate::store::{Compare, Error, KeyValue, Op, Store, Txn, keys, pack::Step, records};
 use drover_proto::{
     limits,
     store::v1 as record,
     v1::{Event, Severity},
 };
 use prost::Message as _;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use tokio::sync::mpsc;
 
 /// Object of events that are about no single thing, or about one that is gone.
@@ -21,6 +21,9 @@ const QUEUE: usize = 2048;
 /// Objects whose ring position is remembered; beyond that all are forgotten and looked up again.
 const REMEMBERED: usize = 4096;
 const ATTEMPTS: usize = 3;
+/// Events that are written by one transaction: each takes up to two of its 128 comparisons. Fewer than a ring holds, so that
+/// none is overwritten by another of them.
+const TOGETHER: usize = 48;
 
 /// Handle: cheap to clone.
 #[derive(Debug, Clone)]
@@ -36,10 +39,9 @@ impl Events {
         let (queue, mut events) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
             let mut rings = Rings { store, next: HashMap::new() };
-            while let Some(event) = events.recv().await {
-                if let Err(error) = rings.write(event).await {
-                    tracing::warn!(%error, "an event was not recorded");
-                }
+            let mut waiting = Vec::new();
+            while events.recv_many(&mut waiting, TOGETHER).await > 0 {
+                rings.write_all(std::mem::take(&mut waiting)).await;
             }
         });
         (Self { queue, source }, task)
@@ -102,13 +104,71 @@ struct Rings {
     next: HashMap<String, Ring>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Ring {
     next: u64,
     slots: HashMap<u64, i64>,
 }
 
 impl Rings {
+    /// Writes events in their order: all at once, or, where that fails, each for itself.
+    async fn write_all(&mut self, events: Vec<Event>) {
+        match self.write_together(&events).await {
+            Ok(true) => return,
+            Ok(false) | Err(Error::OutcomeUnknown(_)) => {}
+            Err(error) => {
+                return tracing::warn!(%error, events = events.len(), "events were not recorded");
+            }
+        }
+        for event in &events {
+            self.next.remove(&event.object);
+        }
+        for event in events {
+            if let Err(error) = self.write(event).await {
+                tracing::warn!(%error, "an event was not recorded");
+            }
+        }
+    }
+
+    /// False when a ring was written by others, or an object is gone: then nothing was written.
+    async fn write_together(&mut self, events: &[Event]) -> Result<bool, Error> {
+        self.know(events).await?;
+        let mut after: HashMap<&str, u64> = HashMap::new();
+        let mut steps = Vec::new();
+        for event in events {
+            let Some(ring) = self.next.get(&event.object) else { return Ok(false) };
+            let sequence = after.entry(&event.object).or_insert(ring.next);
+            steps.push(ring.step(event, *sequence));
+            *sequence += 1;
+        }
+        let Step { compare, then } = Step::join(&steps);
+        let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await?;
+        if outcome.succeeded {
+            for (object, next) in after {
+                self.next.entry(object.to_owned()).or_default().written(next, outcome.revision);
+            }
+        }
+        Ok(outcome.succeeded)
+    }
+
+    /// Reads the rings of these events that are not known yet, in one go.
+    async fn know(&mut self, events: &[Event]) -> Result<(), Error> {
+        let objects: BTreeSet<&String> = events.iter().map(|event| &event.object).collect();
+        if self.next.len() + objects.len() > REMEMBERED {
+            self.next.clear();
+        }
+        let unknown: Vec<&String> = objects.into_iter().filter(|object| !self.next.contains_key(*object)).collect();
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let then = unknown.iter().map(|object| Op::List(keys::events(object))).collect();
+        let read = self.store.txn(Txn { then, ..Txn::default() }).await?;
+        for (object, items) in unknown.into_iter().zip(read.reads) {
+            self.next.insert(object.clone(), Ring::of(&items));
+        }
+        Ok(())
+    }
+
     async fn write(&mut self, mut event: Event) -> Result<(), Error> {
         for _ in 0..ATTEMPTS {
             if !self.next.contains_key(&event.object) {
@@ -119,17 +179,11 @@ impl Rings {
                 self.next.insert(event.object.clone(), ring);
             }
             let Some(ring) = self.next.get_mut(&event.object) else { continue };
-            let slot = ring.next % limits::EVENTS_PER_OBJECT;
-            let key = keys::event(&event.object, slot);
-            let known = ring.slots.get(&slot).copied().unwrap_or(0);
-            let mut compare = vec![Compare::ModRevision(key.clone(), known)];
-            compare.extend(owner(&event.object).map(Compare::Exists));
-            let value = record::Event { event: Some(event.clone()), sequence: ring.next };
-            let txn = Txn { compare, then: vec![records::put(key, &value, 0)], otherwise: vec![] };
+            let Step { compare, then } = ring.step(&event, ring.next);
+            let txn = Txn { compare, then, otherwise: vec![] };
             match self.store.txn(txn).await {
                 Ok(outcome) if outcome.succeeded => {
-                    ring.slots.insert(slot, outcome.revision);
-                    ring.next += 1;
+                    ring.written(ring.next + 1, outcome.revision);
                     return Ok(());
                 }
                 // Another coordinator wrote to the ring, or the object is gone.
@@ -149,13 +203,38 @@ impl Rings {
     }
 
     async fn read(&self, object: &str) -> Result<Ring, Error> {
-        let mut ring = Ring::default();
-        for item in self.store.list(&keys::events(object)).await?.items {
+        Ok(Ring::of(&self.store.list(&keys::events(object)).await?.items))
+    }
+}
+
+impl Ring {
+    fn of(items: &[KeyValue]) -> Self {
+        let mut ring = Self::default();
+        for item in items {
             let Ok(stored) = record::Event::decode(item.value.as_slice()) else { continue };
             ring.next = ring.next.max(stored.sequence + 1);
             ring.slots.insert(stored.sequence % limits::EVENTS_PER_OBJECT, item.mod_revision);
         }
-        Ok(ring)
+        ring
+    }
+
+    /// Writes an event as number `sequence` of the ring, if its slot is as known and its object is there.
+    fn step(&self, event: &Event, sequence: u64) -> Step {
+        let slot = sequence % limits::EVENTS_PER_OBJECT;
+        let key = keys::event(&event.object, slot);
+        let known = self.slots.get(&slot).copied().unwrap_or(0);
+        let mut compare = vec![Compare::ModRevision(key.clone(), known)];
+        compare.extend(owner(&event.object).map(Compare::Exists));
+        let value = record::Event { event: Some(event.clone()), sequence };
+        Step { compare, then: vec![records::put(key, &value, 0)] }
+    }
+
+    /// All up to `next` were written, the last of them at this revision.
+    fn written(&mut self, next: u64, revision: i64) {
+        for sequence in self.next..next {
+            self.slots.insert(sequence % limits::EVENTS_PER_OBJECT, revision);
+        }
+        self.next = next;
     }
 }
 

@@ -4,7 +4,7 @@
 //! revision of the key.
 
 use super::{clock, view::View};
-use crate::store::{Compare, Error, Op, Store, Txn, keys, records};
+use crate::store::{Compare, Error, Store, Txn, keys, pack::Step, records};
 use drover_proto::store::v1 as record;
 use std::time::Duration;
 use tokio::{
@@ -132,7 +132,7 @@ async fn keep(store: &Store, lease: i64, granted_at: Instant, stop: &Cancellatio
 
 /// A transaction that also compares the leader's key.
 #[must_use]
-pub fn guarded(term: &Term, mut compare: Vec<Compare>, then: Vec<Op>) -> Txn {
+pub fn guarded(term: &Term, Step { mut compare, then }: Step) -> Txn {
     compare.push(term.compare());
     Txn { compare, then, otherwise: vec![] }
 }

@@ -3,13 +3,19 @@
 use super::{clock, events::Events, mutant, view::View};
 use crate::{
     plan::snapshot::Snapshot,
-    store::{Compare, Error, Op, Store, Txn, keys, records},
+    store::{
+        Compare, Error, Op, Store, Txn, keys,
+        pack::{Step, pack},
+        records,
+    },
 };
 use drover_proto::{
     store::v1 as record,
     v1::{InstanceState, Severity, StatusReport, Token},
 };
+use futures::future::join_all;
 use std::time::Duration;
+use tracing::{Instrument as _, Span};
 
 /// Longest wait for the view to reach the claim that a report is about.
 const CATCH_UP: Duration = Duration::from_secs(2);
@@ -33,57 +39,67 @@ impl Statuses {
         Self { store, view, events }
     }
 
+    /// Records reports of a node about different instances, by few transactions: what [`Statuses::record`] answers for each.
+    pub async fn record_all(&self, node: &str, reports: &[StatusReport]) -> Vec<Result<bool, Error>> {
+        let spans: Vec<Span> = reports.iter().map(span).collect();
+        let together = if reports.len() > 1 { self.record_together(node, reports, &spans).await } else { vec![None] };
+        let each = reports.iter().zip(spans).zip(together).map(async |((report, span), recorded)| match recorded {
+            Some(accepted) => Ok(accepted),
+            None => self.record(node, report).instrument(span).await,
+        });
+        join_all(each).await
+    }
+
+    /// For each report whether it was recorded; `None` for those that are to be tried for themselves.
+    async fn record_together(&self, node: &str, reports: &[StatusReport], spans: &[Span]) -> Vec<Option<bool>> {
+        let mut settled = vec![None; reports.len()];
+        let newest = reports.iter().filter_map(|report| report.token).map(|token| token.revision).max();
+        let Ok(snapshot) = self.view.at_least(newest.unwrap_or(0), CATCH_UP).await else { return settled };
+        let mut writes = Vec::new();
+        for (n, report) in reports.iter().enumerate() {
+            match Write::of(&snapshot, node, report) {
+                Ok(write) => writes.push((n, write.step(write.replaces), write)),
+                Err(accepted) => settled[n] = Some(accepted),
+            }
+        }
+        for run in pack(writes, 0, |(_, step, _)| step) {
+            let Step { compare, then } = Step::join(run.iter().map(|(_, step, _)| step));
+            let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await;
+            if outcome.is_ok_and(|outcome| outcome.succeeded) {
+                for (n, _, write) in run {
+                    spans[n].in_scope(|| self.tell(node, &reports[n], &write.token, write.before));
+                    settled[n] = Some(true);
+                }
+            }
+        }
+        settled
+    }
+
     /// Records one report; false when its token is not that of the node's standing claim, so that it changed nothing.
     ///
     /// The status that it replaces is compared too: a report whose outcome was unknown, and which commits after all, does
     /// not replace what its node has reported since, maybe through another coordinator.
     pub async fn record(&self, node: &str, report: &StatusReport) -> Result<bool, Error> {
-        // Of a key that does not exist the revision is 0, so no such token may get as far as the compare.
-        let Some(token) = report.token.filter(|token| token.revision > 0) else { return Ok(false) };
         // The view at the token's revision or later shows the claim, or that it is gone.
-        let reached = self.view.at_least(token.revision, CATCH_UP).await;
+        let reached = self.view.at_least(report.token.unwrap_or_default().revision, CATCH_UP).await;
         let snapshot = reached.map_err(|behind| Error::Unavailable(behind.to_string()))?;
-        let id = &report.instance;
-        let others = snapshot.claims.get(id).is_some_and(|c| c.mod_revision == token.revision && c.value.node != node);
-        if token.generation != snapshot.generation() || others {
-            return Ok(false);
-        }
-        let status = record::Status {
-            token: Some(token),
-            node: node.to_owned(),
-            state: report.state,
-            pid: report.pid,
-            restarts: report.restarts,
-            message: report.message.clone(),
-            since: report.since.or_else(|| Some(clock::now())),
+        let write = match Write::of(&snapshot, node, report) {
+            Ok(write) => write,
+            Err(accepted) => return Ok(accepted),
         };
-        let known = snapshot.statuses.get(id);
-        if known.is_some_and(|k| k.value == status) && snapshot.token(id) == Some(token) {
-            return Ok(true);
-        }
-        let ended = report.state() == InstanceState::Stopped;
-        let then = writes(&snapshot, id, &token, &status, ended);
-        let mut replaces = known.map_or(0, |k| k.mod_revision);
+        let (id, token) = (&report.instance, write.token);
+        let mut replaces = write.replaces;
         for _ in 0..ATTEMPTS {
-            let compare = if mutant::on(mutant::name::STATUS_WITHOUT_FENCE) {
-                vec![]
-            } else {
-                vec![
-                    // A claim is never rewritten, so its revision is the token, and it names one owner.
-                    Compare::ModRevision(keys::claim(id), token.revision),
-                    Compare::ModRevision(keys::status(id), replaces),
-                ]
-            };
+            let Step { compare, then } = write.step(replaces);
             let otherwise = vec![Op::Get(keys::claim(id)), Op::Get(keys::status(id))];
-            let outcome = self.store.txn(Txn { compare, then: then.clone(), otherwise }).await?;
+            let outcome = self.store.txn(Txn { compare, then, otherwise }).await?;
             if outcome.succeeded {
-                let before = known.filter(|k| k.value.token == Some(token)).map(|k| k.value.state());
-                self.tell(node, report, &token, before);
+                self.tell(node, report, &token, write.before);
                 return Ok(true);
             }
             let revision = |n: usize| outcome.reads.get(n).and_then(|r| r.first()).map_or(0, |kv| kv.mod_revision);
             if revision(0) != token.revision {
-                return if ended { self.close_own_run(node, id, &token).await } else { Ok(false) };
+                return if write.ended { self.close_own_run(node, id, &token).await } else { Ok(false) };
             }
             // The view had not seen the last report yet.
             replaces = revision(1);
@@ -141,6 +157,75 @@ impl Statuses {
             let (source, object) = (format!("node/{node}"), format!("instance/{}", report.instance));
             self.events.record_from(source, object, reason, severity, message);
         }
+    }
+}
+
+fn span(report: &StatusReport) -> Span {
+    let state = report.state().as_str_name();
+    let span = tracing::info_span!("status.record", instance = report.instance, state);
+    drover_telemetry::context::set_parent(&span, &report.traceparent);
+    span
+}
+
+/// A report as it is written.
+struct Write {
+    id: String,
+    token: Token,
+    then: Vec<Op>,
+    /// Revision of the status that it replaces.
+    replaces: i64,
+    /// State reported before under the same token.
+    before: Option<InstanceState>,
+    /// Whether it says that the run has ended.
+    ended: bool,
+}
+
+impl Write {
+    /// `Err` when the snapshot settles it: with `true` it stands there already, with `false` it is another's.
+    fn of(snapshot: &Snapshot, node: &str, report: &StatusReport) -> Result<Self, bool> {
+        // Of a key that does not exist the revision is 0, so no such token may get as far as the compare.
+        let token = report.token.filter(|token| token.revision > 0).ok_or(false)?;
+        let id = &report.instance;
+        let others = snapshot.claims.get(id).is_some_and(|c| c.mod_revision == token.revision && c.value.node != node);
+        if token.generation != snapshot.generation() || others {
+            return Err(false);
+        }
+        let status = record::Status {
+            token: Some(token),
+            node: node.to_owned(),
+            state: report.state,
+            pid: report.pid,
+            restarts: report.restarts,
+            message: report.message.clone(),
+            since: report.since.or_else(|| Some(clock::now())),
+        };
+        let known = snapshot.statuses.get(id);
+        if known.is_some_and(|k| k.value == status) && snapshot.token(id) == Some(token) {
+            return Err(true);
+        }
+        let ended = report.state() == InstanceState::Stopped;
+        Ok(Self {
+            id: id.clone(),
+            token,
+            then: writes(snapshot, id, &token, &status, ended),
+            replaces: known.map_or(0, |k| k.mod_revision),
+            before: known.filter(|k| k.value.token == Some(token)).map(|k| k.value.state()),
+            ended,
+        })
+    }
+
+    /// Written while the claim stands, in the place of the status of this revision.
+    fn step(&self, replaces: i64) -> Step {
+        let compare = if mutant::on(mutant::name::STATUS_WITHOUT_FENCE) {
+            vec![]
+        } else {
+            vec![
+                // A claim is never rewritten, so its revision is the token, and it names one owner.
+                Compare::ModRevision(keys::claim(&self.id), self.token.revision),
+                Compare::ModRevision(keys::status(&self.id), replaces),
+            ]
+        };
+        Step { compare, then: self.then.clone() }
     }
 }
 

@@ -3,11 +3,12 @@
 mod batches;
 mod faults;
 mod faulty;
+mod together;
 
 use super::{claims, claims::Claims, cycle::Cycle, events::Events, leader, status::Statuses, view::View};
 use crate::{
     plan,
-    store::{Compare, Store, Txn, keys, memory::Memory, records, schema},
+    store::{Compare, Store, Txn, keys, memory::Memory, pack::Step, records, schema},
 };
 use drover_proto::{
     status::reason,
@@ -300,7 +301,8 @@ async fn a_write_of_a_former_leader_does_nothing() {
     let term = leader::Term { revision, since_ms: 0 };
     world.put(keys::LEADER.to_owned(), &record::Leader { coordinator: "two".to_owned(), since: None }, 0).await;
     let write = records::put(keys::instance("m-222222"), &record::Instance::default(), 0);
-    let txn = leader::guarded(&term, vec![Compare::CreateRevision(keys::instance("m-222222"), 0)], vec![write]);
+    let compare = vec![Compare::CreateRevision(keys::instance("m-222222"), 0)];
+    let txn = leader::guarded(&term, Step { compare, then: vec![write] });
     assert!(!world.store.txn(txn).await.unwrap().succeeded);
     assert!(world.store.get(&keys::instance("m-222222")).await.unwrap().is_none());
 }

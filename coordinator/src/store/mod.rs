@@ -1,12 +1,14 @@
 //! The store: the only shared truth, and the only module that knows etcd.
 //!
 //! Owns: the [`Backend`] trait with its two implementations (etcd, and an in-memory twin for simulation and for `drover dev`
-//! on a machine without etcd), the names of keys ([`keys`]) and the typed form of records ([`records`]).
+//! on a machine without etcd), the names of keys ([`keys`]), the typed form of records ([`records`]) and how several writes
+//! share a transaction ([`pack`]).
 //! Must never: decide anything about the fleet. What a transaction compares is its caller's business.
 
 pub mod etcd;
 pub mod keys;
 pub mod memory;
+pub mod pack;
 pub mod records;
 pub mod schema;
 

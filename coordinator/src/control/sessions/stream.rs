@@ -306,32 +306,18 @@ async fn record_reports(
     let mut batch = Vec::new();
     while reported.recv_many(&mut batch, 64).await > 0 {
         let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
-        futures::future::join_all(latest.into_values().map(|report| {
-            let (statuses, node, answers) = (&statuses, &node, &answers);
-            async move {
-                let span = tracing::info_span!(
-                    "status.record",
-                    instance = report.instance,
-                    state = report.state().as_str_name()
-                );
-                drover_telemetry::context::set_parent(&span, &report.traceparent);
-                let recorded = tracing::Instrument::instrument(statuses.record(node, &report), span).await;
-                match recorded {
-                    Ok(accepted) => {
-                        let ack = StatusAck {
-                            instance: report.instance.clone(),
-                            token: report.token,
-                            accepted,
-                            state: report.state,
-                        };
-                        let _ = answers.send(Ok(SessionResponse { message: Some(Message::StatusAck(ack)) })).await;
-                    }
-                    // Not acknowledged: the agent reports it again.
-                    Err(error) => tracing::warn!(%error, instance = report.instance, "a report was not recorded"),
+        let latest: Vec<StatusReport> = latest.into_values().collect();
+        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, &latest).await) {
+            match recorded {
+                Ok(accepted) => {
+                    let (instance, state) = (report.instance.clone(), report.state);
+                    let ack = StatusAck { instance, token: report.token, accepted, state };
+                    let _ = answers.send(Ok(SessionResponse { message: Some(Message::StatusAck(ack)) })).await;
                 }
+                // Not acknowledged: the agent reports it again.
+                Err(error) => tracing::warn!(%error, instance = report.instance, "a report was not recorded"),
             }
-        }))
-        .await;
+        }
     }
 }
 

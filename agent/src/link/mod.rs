@@ -10,6 +10,7 @@ pub mod offers;
 pub mod reports;
 pub mod session;
 pub mod stored;
+mod stream;
 
 use crate::{
     blocking,

@@ -2,7 +2,11 @@
 //!
 //! Nothing here waits for disks, processes or other calls: what must be done is handed on.
 
-use super::{claims::Job, identity::Identity, reports::Reports};
+use super::{
+    claims::Job,
+    identity::Identity,
+    stream::{OUTGOING, Stream, message},
+};
 use crate::{
     clock::{self, boottime_ns},
     instance::registry::Registry,
@@ -13,13 +17,13 @@ use drover_proto::{
     status::{reason, reason_of},
     transport::Target,
     v1::{
-        Capacity, ClaimSet, CommandAnswer, Heartbeat, Hello, Leave, ModelInventory, NodeCommand, NodeEvent,
-        RecordedRun, RunSet, SessionRequest, SessionResponse, SpanCheckpoint, Welcome,
-        node_service_client::NodeServiceClient, session_request, session_response,
+        Capacity, ClaimSet, CommandAnswer, Hello, Leave, ModelInventory, NodeCommand, NodeEvent, RunSet,
+        SessionRequest, SessionResponse, SpanCheckpoint, Welcome, node_service_client::NodeServiceClient,
+        session_request, session_response,
     },
 };
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -39,15 +43,8 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(10);
 /// How often reports are looked through that were not acknowledged.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Messages that wait to be written to the stream.
-const OUTGOING: usize = 256;
-/// Places in that queue that reports leave to everything else: a node has as many reports as instances, and a heartbeat
-/// that found no place would end the stream.
-const NOT_FOR_REPORTS: usize = 64;
 /// Pause before the reports that did not fit.
 const REPORTS_PAUSE: Duration = Duration::from_millis(20);
-/// Heartbeats that may be unanswered at a time.
-const HEARTBEATS_MAX: usize = 64;
 
 /// What a node says of itself.
 #[derive(Debug, Clone)]
@@ -79,25 +76,6 @@ pub struct Session {
     pub(super) answers: mpsc::Receiver<CommandAnswer>,
     pub(super) sets: watch::Sender<Option<(u64, ClaimSet)>>,
     pub(super) jobs: mpsc::Sender<Job>,
-}
-
-/// One stream, after its welcome.
-struct Stream {
-    outgoing: mpsc::Sender<SessionRequest>,
-    incoming: Streaming<SessionResponse>,
-    number: u64,
-    session_id: String,
-    ttl: Duration,
-    interval: Duration,
-    /// Heartbeats that are not answered yet: sequence, when sent (CLOCK_BOOTTIME, ns).
-    unanswered: VecDeque<(u64, u64)>,
-    last_answer: Instant,
-    sequence: u64,
-    reports: Reports,
-    /// Whether reports are due that did not fit.
-    behind: bool,
-    /// What the coordinator was told last of what runs here.
-    runs: Option<Vec<RecordedRun>>,
 }
 
 impl Session {
@@ -209,23 +187,32 @@ impl Session {
         // What has changed since the hello was written is told once more.
         self.capacity.mark_changed();
         self.take_claims(session.number, &session.id, welcome.claims.unwrap_or_default());
-        Ok(Stream {
-            outgoing,
-            incoming,
-            number: session.number,
-            session_id: session.id,
-            ttl,
-            interval,
-            unanswered: VecDeque::new(),
-            last_answer: Instant::now(),
-            sequence: 0,
-            reports: Reports::default(),
-            behind: false,
-            runs: None,
-        })
+        Ok(Stream::new(session, ttl, interval, outgoing, incoming))
     }
 
     async fn serve(&mut self, stream: &mut Stream, stop: &CancellationToken) -> anyhow::Result<()> {
+        let outcome = self.talk(stream, stop).await;
+        // Whichever part of the agent was seen to end first.
+        if stop.is_cancelled() { self.farewell(stream).await } else { outcome }
+    }
+
+    /// Ends a stream in order.
+    async fn farewell(&mut self, stream: &mut Stream) -> anyhow::Result<()> {
+        stream.send(self.checkpoint())?;
+        let return_within = self.registry.context().settings.return_within;
+        if !return_within.is_zero() {
+            let return_within_ms = i64::try_from(return_within.as_millis()).unwrap_or(i64::MAX);
+            stream.send(session_request::Message::Leave(Leave { return_within_ms }))?;
+        }
+        // Closing our side is what tells the coordinator that this is an orderly end; when it has heard all of it, it
+        // closes its own.
+        stream.close();
+        let heard = async { while let Ok(Some(_)) = stream.incoming.message().await {} };
+        let _ = timeout(FAREWELL, heard).await;
+        Ok(())
+    }
+
+    async fn talk(&mut self, stream: &mut Stream, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut heartbeat = interval(stream.interval);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut checkpoint = interval(CHECKPOINT_INTERVAL);
@@ -278,21 +265,7 @@ impl Session {
                     tracing::info!("the session is resumed to settle what is not known");
                     return Ok(());
                 }
-                () = stop.cancelled() => {
-                    stream.send(self.checkpoint())?;
-                    let return_within = self.registry.context().settings.return_within;
-                    if !return_within.is_zero() {
-                        let return_within_ms = i64::try_from(return_within.as_millis()).unwrap_or(i64::MAX);
-                        stream.send(session_request::Message::Leave(Leave { return_within_ms }))?;
-                    }
-                    // Closing our side is what tells the coordinator that this is an orderly end; when it has heard all
-                    // of it, it closes its own.
-                    let (closed, _) = mpsc::channel(1);
-                    stream.outgoing = closed;
-                    let heard = async { while let Ok(Some(_)) = stream.incoming.message().await {} };
-                    let _ = timeout(FAREWELL, heard).await;
-                    return Ok(());
-                }
+                () = stop.cancelled() => return Ok(()),
             }
         }
     }
@@ -300,15 +273,8 @@ impl Session {
     fn hear(&mut self, stream: &mut Stream, answer: SessionResponse) {
         match answer.message {
             Some(session_response::Message::HeartbeatAck(ack)) => {
-                stream.last_answer = Instant::now();
-                while let Some((sequence, sent_ns)) = stream.unanswered.front().copied() {
-                    if sequence > ack.sequence {
-                        break;
-                    }
-                    stream.unanswered.pop_front();
-                    if sequence == ack.sequence {
-                        self.registry.context().session.extend(sent_ns, milliseconds(ack.ttl_ms));
-                    }
+                if let Some(sent_ns) = stream.answered(ack.sequence) {
+                    self.registry.context().session.extend(sent_ns, milliseconds(ack.ttl_ms));
                 }
             }
             Some(session_response::Message::Offer(offer)) => {
@@ -345,9 +311,7 @@ impl Session {
         stream.reports.retain(&entries);
         stream.behind = false;
         for (instance, report) in stream.reports.due(&entries, now) {
-            if stream.outgoing.capacity() <= NOT_FOR_REPORTS
-                || stream.send(session_request::Message::Status(report)).is_err()
-            {
+            if !stream.has_room_for_reports() || stream.send(session_request::Message::Status(report)).is_err() {
                 stream.behind = true;
                 return;
             }
@@ -378,26 +342,6 @@ impl Session {
             program: "drover-agent".to_owned(),
         })
     }
-}
-
-impl Stream {
-    fn heartbeat(&mut self) -> anyhow::Result<()> {
-        self.sequence += 1;
-        self.unanswered.push_back((self.sequence, boottime_ns()));
-        if self.unanswered.len() > HEARTBEATS_MAX {
-            self.unanswered.pop_front();
-        }
-        self.send(session_request::Message::Heartbeat(Heartbeat { sequence: self.sequence }))
-    }
-
-    /// Puts a message in line; fails when the coordinator has not read for so long that the line is full.
-    fn send(&self, content: session_request::Message) -> anyhow::Result<()> {
-        self.outgoing.try_send(message(content)).map_err(|_| anyhow::anyhow!("the coordinator does not read"))
-    }
-}
-
-fn message(content: session_request::Message) -> SessionRequest {
-    SessionRequest { message: Some(content) }
 }
 
 fn milliseconds(ms: i64) -> Duration {

@@ -55,7 +55,7 @@ async fn again_and_again_under_load() -> anyhow::Result<()> {
     let address = cluster.coordinators[0].http.clone();
     let gateway = Gateway::new(&address);
     let agent = cluster.agents[0].running.as_ref().context("the agent runs")?.pid();
-    let before = (open(agent)?, open(servers[0].pid)?, open(servers[1].pid)?);
+    let before = (open(agent)?, open(servers[0].pid)?, open(servers[1].pid)?, open(proxy(&cluster)?)?);
     let load = Load::start(&address, &["tiny", "other"], 4, 4).await?;
     let mut mended = Vec::new();
     for _ in 0..KILLS {
@@ -94,9 +94,9 @@ async fn again_and_again_under_load() -> anyhow::Result<()> {
     same_servers(&cluster, &servers).await?;
     drop(gateway);
     eventually("no descriptor is left over", SOON, async || {
-        let after = (open(agent)?, open(servers[0].pid)?, open(servers[1].pid)?);
+        let after = (open(agent)?, open(servers[0].pid)?, open(servers[1].pid)?, open(proxy(&cluster)?)?);
         ensure!(
-            after.0 <= before.0 + 4 && after.1 <= before.1 + 2 && after.2 <= before.2 + 2,
+            after.0 <= before.0 + 4 && after.1 <= before.1 + 2 && after.2 <= before.2 + 2 && after.3 <= before.3 + 4,
             "{after:?} after {before:?}"
         );
         Ok(())

@@ -9,7 +9,10 @@ use super::{
 use crate::{
     config::View,
     host::machine,
-    instance::{adopt::is_writing, traces},
+    instance::{
+        adopt::{SET_ASIDE_MAX, is_writing},
+        traces,
+    },
     link::stored::{self, Stored},
     lock::{self, holder},
 };
@@ -20,9 +23,6 @@ use std::{
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
-
-/// Most files that were set aside are shown of so many.
-const SET_ASIDE_MAX: usize = 100;
 
 pub(super) fn agent(view: &View, findings: &mut Vec<Finding>) -> LockReport {
     let path = lock::path(&view.state_dir);

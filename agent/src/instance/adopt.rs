@@ -22,9 +22,13 @@ use drover_shim::{
 };
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+/// Most files that are kept of those that were found damaged.
+pub const SET_ASIDE_MAX: usize = 100;
 
 /// What an instance's directory says.
 #[derive(Debug)]
@@ -147,7 +151,23 @@ fn set_aside(context: &Context, instance: &str, path: &Path) -> Option<PathBuf> 
     fs::create_dir_all(&folder).ok()?;
     let name = path.file_name()?.to_string_lossy();
     let to = folder.join(format!("{instance}-{name}-{}", run::now_ms()));
-    fs::rename(path, &to).ok().map(|()| to)
+    fs::rename(path, &to).ok()?;
+    keep_newest(&folder, SET_ASIDE_MAX);
+    Some(to)
+}
+
+/// Removes the files of a folder that were put there first, but for so many.
+fn keep_newest(folder: &Path, most: usize) {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    // A renaming is the last change of a file's inode.
+    let changed = |path: &Path| fs::symlink_metadata(path).map(|file| (file.ctime(), file.ctime_nsec()));
+    let mut all: Vec<_> = entries.filter_map(|entry| Some((changed(&entry.path()).ok()?, entry.path()))).collect();
+    all.sort();
+    for (_, path) in all.iter().take(all.len().saturating_sub(most)) {
+        if let Err(error) = fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "a file that was set aside long ago can't be removed");
+        }
+    }
 }
 
 /// Removes the directory and the socket of an instance that has no process. False, and nothing is removed, while a shim
@@ -168,4 +188,29 @@ pub fn remove(directory: &Directory, socket: &Path) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_the_files_set_aside_the_newest_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        for n in 0..5 {
+            let path = folder.path().join(format!("{}", 9 - n));
+            fs::File::create(&path).unwrap();
+            // The kernel's clock for files ticks every few milliseconds: what is changed last is told apart.
+            let before = fs::metadata(&path).unwrap();
+            while fs::metadata(&path)
+                .is_ok_and(|now| (now.ctime(), now.ctime_nsec()) == (before.ctime(), before.ctime_nsec()))
+            {
+                fs::set_permissions(&path, before.permissions()).unwrap();
+            }
+        }
+        keep_newest(folder.path(), 2);
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["5", "6"]);
+    }
 }

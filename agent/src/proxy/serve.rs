@@ -113,8 +113,12 @@ impl Proxy {
         let (told, mut accepting) = (control.clone(), JoinSet::from_iter([control.accept(control_listener)]));
         if let Some(predecessor) = &mut predecessor {
             // Until then that one accepts, and it has the routes.
-            if timeout(hand_over::ROUTES_DEADLINE, told.routed.cancelled()).await.is_err() {
-                tracing::warn!("no agent has given routes in time: connections are accepted without");
+            tokio::select! {
+                () = told.routed.cancelled() => {}
+                () = told.shutdown.cancelled() => {}
+                () = sleep(hand_over::ROUTES_DEADLINE) => {
+                    tracing::warn!("no agent has given routes in time: connections are accepted without");
+                }
             }
             predecessor.accepted().await;
         }

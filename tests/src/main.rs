@@ -28,6 +28,32 @@ enum What {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
+    /// From the start of a killed agent's successor to all servers taken back, beside asking each by hand what it serves.
+    #[command(after_help = "Example:\n  tests/run bench adopt --runs 5")]
+    Adopt {
+        /// Servers on the host.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=200))]
+        servers: i32,
+        /// Runs; the median counts.
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Private memory and processor time of agent, proxy and shims beside idle servers.
+    #[command(after_help = "Example:\n  tests/run bench overhead --seconds 120")]
+    Overhead {
+        /// Servers on the host.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=200))]
+        servers: i32,
+        /// How long is measured, in seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// From apply to ready beside the same servers started by hand until /health is 200, with the processor time of each part.
     Start {
         /// Numbers of replicas.
@@ -45,6 +71,12 @@ enum Bench {
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().what {
+        What::Bench { name: Bench::Adopt { servers, runs, json } } => {
+            bench::adopt::run(servers, runs.max(1), json).await?;
+        }
+        What::Bench { name: Bench::Overhead { servers, seconds, json } } => {
+            bench::overhead::run(servers, seconds.max(1), json).await?;
+        }
         What::Bench { name: Bench::Start { replicas, runs, json } } => {
             bench::start::run(replicas, runs.max(1), json).await?;
         }

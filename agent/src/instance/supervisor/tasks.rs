@@ -9,12 +9,17 @@ use super::{
 };
 use drover_shim::failpoint::{self, Step};
 use std::{path::Path, time::Duration};
-use tokio::task::JoinSet;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 use tracing::{Instrument as _, Span};
 
-/// Pause between probes while the model loads, and when it is loaded.
-const PROBE_LOADING: Duration = Duration::from_millis(50);
+/// Pause between probes when the model is loaded. While it loads, a share of the time that this has taken so far: the end of
+/// a load is seen late by that share at most, and a long one is not asked for every moment.
 const PROBE_SERVING: Duration = Duration::from_secs(1);
+const PROBE_LOADING_SHARE: u32 = 10;
+const PROBE_LOADING_MIN: Duration = Duration::from_millis(5);
 /// How often a loading process is asked whether it has done anything: used the processor, or read. One that waits for a
 /// GPU does neither, so `load_timeout_ms` must outlast such a wait.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,19 +57,21 @@ impl Supervisor {
         let model = arguments::model_of(&record.arguments).map(Path::to_owned).unwrap_or_default();
         // An adopted one that is ready has said what it serves.
         let mut confirmed = self.state.phase == Phase::Ready;
-        let mut loading = self.loading.subscribe();
+        let loading = self.loading.subscribe();
         self.tasks.spawn(async move {
+            let begun = Instant::now();
             loop {
                 // What serves on the socket is asked until it has said the right thing once: a process does not change its model.
                 let health =
                     if confirmed { health::probe(&socket).await } else { health::probe_for(&socket, &model).await };
                 confirmed |= health == Health::Ok;
+                let loads = health != Health::Ok && *loading.borrow();
                 // The next probe begins after this one has ended: none piles up on another.
                 if messages.send((number, Message::Event(Event::Probed(health)))).await.is_err() {
                     return;
                 }
-                let pause = if *loading.borrow_and_update() { PROBE_LOADING } else { PROBE_SERVING };
-                let _ = tokio::time::timeout(pause, loading.changed()).await;
+                let share = (begun.elapsed() / PROBE_LOADING_SHARE).clamp(PROBE_LOADING_MIN, PROBE_SERVING);
+                sleep(if loads { share } else { PROBE_SERVING }).await;
             }
         });
         let (messages, mut loading) = (self.messages.clone(), self.loading.subscribe());

@@ -40,9 +40,16 @@ impl Statuses {
     }
 
     /// Records reports of a node about different instances, by few transactions: what [`Statuses::record`] answers for each.
-    pub async fn record_all(&self, node: &str, reports: &[StatusReport]) -> Vec<Result<bool, Error>> {
+    /// `written` is the revision of the last such transaction: what it wrote is what these replace.
+    pub async fn record_all(
+        &self,
+        node: &str,
+        reports: &[StatusReport],
+        written: &mut i64,
+    ) -> Vec<Result<bool, Error>> {
         let spans: Vec<Span> = reports.iter().map(span).collect();
-        let together = if reports.len() > 1 { self.record_together(node, reports, &spans).await } else { vec![None] };
+        let together =
+            if reports.len() > 1 { self.record_together(node, reports, &spans, written).await } else { vec![None] };
         let each = reports.iter().zip(spans).zip(together).map(async |((report, span), recorded)| match recorded {
             Some(accepted) => Ok(accepted),
             None => self.record(node, report).instrument(span).await,
@@ -51,10 +58,17 @@ impl Statuses {
     }
 
     /// For each report whether it was recorded; `None` for those that are to be tried for themselves.
-    async fn record_together(&self, node: &str, reports: &[StatusReport], spans: &[Span]) -> Vec<Option<bool>> {
+    async fn record_together(
+        &self,
+        node: &str,
+        reports: &[StatusReport],
+        spans: &[Span],
+        written: &mut i64,
+    ) -> Vec<Option<bool>> {
         let mut settled = vec![None; reports.len()];
-        let newest = reports.iter().filter_map(|report| report.token).map(|token| token.revision).max();
-        let Ok(snapshot) = self.view.at_least(newest.unwrap_or(0), CATCH_UP).await else { return settled };
+        let tokens = reports.iter().filter_map(|report| report.token).map(|token| token.revision);
+        let known = tokens.fold(*written, i64::max);
+        let Ok(snapshot) = self.view.at_least(known, CATCH_UP).await else { return settled };
         let mut writes = Vec::new();
         for (n, report) in reports.iter().enumerate() {
             match Write::of(&snapshot, node, report) {
@@ -65,7 +79,9 @@ impl Statuses {
         for run in pack(writes, 0, |(_, step, _)| step) {
             let Step { compare, then } = Step::join(run.iter().map(|(_, step, _)| step));
             let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await;
-            if outcome.is_ok_and(|outcome| outcome.succeeded) {
+            let Ok(outcome) = outcome else { continue };
+            if outcome.succeeded {
+                *written = outcome.revision;
                 for (n, _, write) in run {
                     spans[n].in_scope(|| self.tell(node, &reports[n], &write.token, write.before));
                     settled[n] = Some(true);

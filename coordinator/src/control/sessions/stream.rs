@@ -303,11 +303,11 @@ async fn record_reports(
     mut reported: mpsc::Receiver<StatusReport>,
     answers: Answers,
 ) {
-    let mut batch = Vec::new();
+    let (mut batch, mut written) = (Vec::new(), 0);
     while reported.recv_many(&mut batch, 64).await > 0 {
         let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
         let latest: Vec<StatusReport> = latest.into_values().collect();
-        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, &latest).await) {
+        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, &latest, &mut written).await) {
             match recorded {
                 Ok(accepted) => {
                     let (instance, state) = (report.instance.clone(), report.state);

@@ -72,6 +72,8 @@ pub struct Settings {
     pub return_within: Duration,
     /// Restarts.
     pub restarts: Restarts,
+    /// Below which cgroup the instances get their own.
+    pub cgroup_root: host::cgroup::Root,
 }
 
 /// Folders, without which nothing can be looked up; all that `down` needs.
@@ -190,6 +192,7 @@ impl Flags {
             spool_bytes_max,
             return_within,
             restarts: file.restarts,
+            cgroup_root: host::cgroup::Root::parse(file.cgroup_root.as_deref())?,
             node,
             coordinators,
             state_dir,

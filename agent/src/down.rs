@@ -9,7 +9,7 @@ use crate::{
 use anyhow::{Context as _, bail, ensure};
 use drover_shim::{
     durable,
-    record::{Directory, Record},
+    record::{self, Directory, Record},
 };
 use std::{fs, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
@@ -45,7 +45,7 @@ pub async fn down(places: &Places) -> anyhow::Result<()> {
 async fn end(directory: Directory, socket: std::path::PathBuf, instance: String) -> anyhow::Result<()> {
     let mut deadline = Instant::now() + GRACE;
     loop {
-        match durable::read::<Record>(&directory.record()) {
+        match record::read::<Record>(&directory.record()) {
             Ok(record) => match processes::find(&record) {
                 Found::Living(living) => {
                     end_process(&living).await.with_context(|| instance.clone())?;
@@ -71,6 +71,6 @@ async fn end_process(living: &Living) -> anyhow::Result<()> {
     if timeout(GRACE, living.ended()).await.is_ok() {
         return Ok(());
     }
-    living.kill_session()?;
+    living.kill_tree()?;
     timeout(GRACE, living.ended()).await.with_context(|| format!("pid {} has not ended", living.pid()))
 }

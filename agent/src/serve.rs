@@ -52,7 +52,17 @@ impl Agent {
         let known = known_flags(&settings.llama_server, &settings.llama_server_environment).await?;
         let proxy = ProxyHandle::ensure(settings.proxy()).await?;
         let (events, waiting_events) = Events::new();
+        let cgroup_base = settings.cgroup_root.base(&settings.state_dir).unwrap_or_else(|error| {
+            let message = format!(
+                "servers get no cgroup of their own, so that of a server whose shim is dead only what stays in its session \
+                 is ended with it: {error:#} (Delegate=yes in the systemd unit, or cgroup_root in the configuration; \
+                 cgroup_root = \"off\" if that is wanted)"
+            );
+            events.tell("", "NoCgroups", Severity::Warning, message);
+            None
+        });
         let context = Arc::new(Context {
+            cgroup_base,
             boot_id: host::processes::boot_id().context("boot id")?,
             known,
             routes: Routes::new(proxy.clone()),

@@ -2,7 +2,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
-use drover_shim::durable;
+use drover_shim::{durable, record::FORMAT};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -61,7 +61,10 @@ async fn a_healthy_node() {
     let instance = &report["instances"][0];
     assert_eq!((instance["id"].as_str(), instance["process"]["state"].as_str()), (Some(ID), Some("matching")));
     assert_eq!(instance["process"]["pid"].as_i64(), Some(ready.pid));
-    assert_eq!((instance["stage"].as_str(), instance["record"]["version"].as_u64()), (Some("released"), Some(1)));
+    assert_eq!(
+        (instance["stage"].as_str(), instance["record"]["version"].as_u64()),
+        (Some("released"), Some(u64::from(FORMAT)))
+    );
     assert_eq!(instance["shim"]["holder"].as_str(), Some("process"));
     assert_eq!(report["proxy"]["lock"]["holder"].as_str(), Some("process"));
     assert_eq!(report["session"]["file"]["state"].as_str(), Some("good"));

@@ -92,6 +92,7 @@ async fn a_thousand_ways() {
         exec_error: None,
         ended_at_ms: 1,
         log_lines_dropped: 2,
+        oom_killed: Some(false),
     };
     durable::write(&copies.exit(), &exit).unwrap();
     let session = Stored { session_id: "session-5".to_owned(), store_generation: 3, cluster_id: 7, halt_generation: 2 };

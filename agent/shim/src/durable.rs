@@ -36,6 +36,16 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// A later version has written it, and what that means by it is not known here.
+    #[error("{path} has format {format}, and this program reads up to {known}: use the version that has written it")]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: u32,
+        /// The highest that is known.
+        known: u32,
+    },
 }
 
 impl Error {
@@ -48,6 +58,11 @@ impl Error {
 
 /// Reads a file that [`write`] wrote.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    parse(path, &content(path)?)
+}
+
+/// What stands in a file, if its checksum is right.
+pub(crate) fn content(path: &Path) -> Result<String, Error> {
     let damaged = |what: String| Error::Damaged { path: path.to_owned(), what };
     let io = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => Error::Missing(path.to_owned()),
@@ -70,7 +85,12 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
             sum.escape_debug()
         )));
     }
-    serde_json::from_str(body).map_err(|e| damaged(e.to_string()))
+    Ok(body.to_owned())
+}
+
+/// The value that stands in a file's content.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, content: &str) -> Result<T, Error> {
+    serde_json::from_str(content).map_err(|e| Error::Damaged { path: path.to_owned(), what: e.to_string() })
 }
 
 /// Writes a file so that a crash leaves the old content or the new one. Returns after the disk has it.

@@ -31,12 +31,16 @@
 //! | stop 9 | `stop.reported` | agent | the claim is gone; the directory is still there |
 //! | stop 10 | `stop.removed` | agent | directory and socket are gone |
 //! | adoption 1 | `adopt.read` | agent | the record was read |
-//! | adoption 2 | `adopt.verified` | agent | a handle is open and the identity was compared |
-//! | adoption 3 | `adopt.adopted` | agent | the run is supervised |
-//! | adoption 4 | `adopt.routed` | agent | the proxy has the set of routes |
+//! | adoption 2 | `adopt.opened` | agent | a handle of what has the pid is open; nothing was compared |
+//! | adoption 3 | `adopt.verified` | agent | the identity was compared |
+//! | adoption 4 | `adopt.adopted` | agent | the run is supervised |
+//! | adoption 5 | `adopt.routed` | agent | the proxy has the set of routes |
 
 /// Name of the environment variable.
 pub const VARIABLE: &str = "DROVER_FAIL_POINT";
+
+/// Name of the variable that lets a shim behave as one of an earlier format ([`crate::record::FORMAT`]). Debug builds only.
+pub const FORMAT_VARIABLE: &str = "DROVER_SHIM_FORMAT";
 
 /// A numbered step; the module's table says what each one means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +69,7 @@ pub enum Step {
     StopReported,
     StopRemoved,
     AdoptRead,
+    AdoptOpened,
     AdoptVerified,
     AdoptAdopted,
     AdoptRouted,
@@ -72,7 +77,7 @@ pub enum Step {
 
 /// All steps in their order, with their names.
 #[cfg(debug_assertions)]
-const NAMES: [(Step, &str); 26] = [
+const NAMES: [(Step, &str); 27] = [
     (Step::StartClaimed, "start.claimed"),
     (Step::StartClaimWritten, "start.claim-written"),
     (Step::StartSpecWritten, "start.spec-written"),
@@ -96,6 +101,7 @@ const NAMES: [(Step, &str); 26] = [
     (Step::StopReported, "stop.reported"),
     (Step::StopRemoved, "stop.removed"),
     (Step::AdoptRead, "adopt.read"),
+    (Step::AdoptOpened, "adopt.opened"),
     (Step::AdoptVerified, "adopt.verified"),
     (Step::AdoptAdopted, "adopt.adopted"),
     (Step::AdoptRouted, "adopt.routed"),
@@ -118,11 +124,21 @@ pub fn at(step: Step) {
 
 /// What a shim is given of the environment for this: nothing in a release build.
 #[must_use]
-pub fn handed_on() -> Option<(&'static str, std::ffi::OsString)> {
+pub fn handed_on() -> Vec<(&'static str, std::ffi::OsString)> {
     #[cfg(debug_assertions)]
-    return std::env::var_os(VARIABLE).map(|value| (VARIABLE, value));
+    return [VARIABLE, FORMAT_VARIABLE].into_iter().filter_map(|n| Some((n, std::env::var_os(n)?))).collect();
     #[cfg(not(debug_assertions))]
-    None
+    Vec::new()
+}
+
+/// Format that this shim writes and reads.
+#[must_use]
+pub fn format() -> u32 {
+    #[cfg(debug_assertions)]
+    if let Some(played) = std::env::var(FORMAT_VARIABLE).ok().and_then(|value| value.parse().ok()) {
+        return played;
+    }
+    crate::record::FORMAT
 }
 
 #[cfg(debug_assertions)]

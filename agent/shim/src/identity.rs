@@ -1,13 +1,33 @@
 //! Who a process is: pids are used again, so a pid alone names nobody.
 //!
-//! A process is boot id, pid, start time and executable together. [`verify`] compares; it never signals.
+//! A process is boot id, pid, start time and executable together. [`verify`] compares; it never signals. What /proc does
+//! not show is not gone: it may be hidden from us. And a pid that another program executes since the very same tick is no
+//! pid that was used again: its file was renamed, or it is seen through another mount; only its file can tell then.
 
-use nix::libc;
+use nix::{errno::Errno, libc, sys::signal::kill, unistd::Pid};
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
+
+/// A file, whatever it is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// Number of its device.
+    pub device: u64,
+    /// Number of its inode.
+    pub inode: u64,
+}
+
+impl FileId {
+    /// The file that a path leads to.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let meta = fs::metadata(path)?;
+        Ok(Self { device: meta.dev(), inode: meta.ino() })
+    }
+}
 
 /// Identity of a process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +40,17 @@ pub struct Process {
     pub start_ticks: u64,
     /// Its executable.
     pub executable: PathBuf,
+    /// The executable's file, which keeps its number when it is renamed; unknown in records of format 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<FileId>,
+}
+
+impl Process {
+    /// Whether both name the same process: boot, pid and start time do, whatever it executes.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        (&self.boot_id, self.pid, self.start_ticks) == (&other.boot_id, other.pid, other.start_ticks)
+    }
 }
 
 /// What a look at the host says about a recorded process.
@@ -77,11 +108,16 @@ fn parse_stat(text: &str) -> Option<Stat> {
 
 /// Executable of a process; of one whose file was replaced, the path that it was started from.
 pub fn executable(pid: i32) -> io::Result<PathBuf> {
-    let path = fs::read_link(format!("/proc/{pid}/exe"))?;
+    let path = fs::read_link(place(pid, "exe"))?;
     Ok(match path.to_string_lossy().strip_suffix(" (deleted)") {
         Some(original) => PathBuf::from(original),
         None => path,
     })
+}
+
+/// File that a process executes, whatever it is called by now.
+pub fn executable_file(pid: i32) -> io::Result<FileId> {
+    FileId::of(&place(pid, "exe"))
 }
 
 /// Compares a recorded process with what runs under its pid now. `held_as`: executable that it shows while it is held.
@@ -92,35 +128,48 @@ pub fn verify(process: &Process, held_as: Option<&Path>) -> Verdict {
         Ok(boot) if boot != process.boot_id => return Verdict::Gone,
         Ok(_) => {}
     }
-    let stat = match stat(process.pid) {
+    let pid = process.pid;
+    let stat = match stat(pid) {
         Ok(stat) => stat,
-        Err(error) if is_gone(&error) => return Verdict::Gone,
-        Err(error) => return Verdict::Unknown(format!("/proc/{}/stat can't be read: {error}", process.pid)),
+        Err(error) => return unseen(pid, "stat", &error),
     };
     if stat.start_ticks != process.start_ticks {
         return Verdict::Other(format!(
-            "pid {} started at tick {}, the recorded one at {}",
-            process.pid, stat.start_ticks, process.start_ticks
+            "pid {pid} started at tick {}, the recorded one at {}",
+            stat.start_ticks, process.start_ticks
         ));
     }
     if matches!(stat.state, 'Z' | 'X') {
         return Verdict::Gone;
     }
-    match executable(process.pid) {
-        Ok(found) if found == process.executable || held_as.is_some_and(|held| held == found) => Verdict::Same,
-        Ok(found) => Verdict::Other(format!(
-            "pid {} executes {}, the recorded one {}",
-            process.pid,
-            found.display(),
-            process.executable.display()
-        )),
-        Err(error) if is_gone(&error) => Verdict::Gone,
-        Err(error) => Verdict::Unknown(format!("/proc/{}/exe can't be read: {error}", process.pid)),
+    let found = match executable(pid) {
+        Ok(found) => found,
+        Err(error) => return unseen(pid, "exe", &error),
+    };
+    let same_path = found == process.executable || held_as.is_some_and(|held| held == found);
+    let same_file = || process.file.is_some() && executable_file(pid).ok() == process.file;
+    if same_path || same_file() {
+        return Verdict::Same;
     }
+    Verdict::Unknown(format!(
+        "pid {pid} started when the recorded one did, but executes {}, not {}",
+        found.display(),
+        process.executable.display()
+    ))
 }
 
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+/// What it means that /proc does not show a process.
+fn unseen(pid: i32, file: &str, error: &io::Error) -> Verdict {
+    let absent = error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH);
+    // Signal 0 is never delivered: it only asks whether there is such a process.
+    if absent && kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH) {
+        return Verdict::Gone;
+    }
+    Verdict::Unknown(format!("{} can't be read though pid {pid} lives: {error}", place(pid, file).display()))
+}
+
+fn place(pid: i32, file: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{file}"))
 }
 
 #[cfg(test)]
@@ -134,6 +183,7 @@ mod tests {
             pid,
             start_ticks: stat(pid).unwrap().start_ticks,
             executable: executable(pid).unwrap(),
+            file: None,
         }
     }
 
@@ -151,8 +201,13 @@ mod tests {
         assert_eq!(verify(&Process { boot_id: "another".to_owned(), ..myself() }, None), Verdict::Gone);
         assert!(matches!(verify(&Process { start_ticks: 1, ..myself() }, None), Verdict::Other(_)));
         let elsewhere = Process { executable: "/bin/true".into(), ..myself() };
-        assert!(matches!(verify(&elsewhere, None), Verdict::Other(_)));
+        assert!(matches!(verify(&elsewhere, None), Verdict::Unknown(_)));
         assert_eq!(verify(&elsewhere, Some(&myself().executable)), Verdict::Same);
+        // Its file knows better than its path.
+        let file = Some(FileId::of(&myself().executable).unwrap());
+        assert_eq!(verify(&Process { file, ..elsewhere.clone() }, None), Verdict::Same);
+        let file = Some(FileId::of(Path::new("/proc/self/stat")).unwrap());
+        assert!(matches!(verify(&Process { file, ..elsewhere }, None), Verdict::Unknown(_)));
         assert_eq!(verify(&Process { pid: i32::MAX, ..myself() }, None), Verdict::Gone);
     }
 }

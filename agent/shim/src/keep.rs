@@ -4,7 +4,7 @@ use crate::{
     clock, durable,
     failpoint::{self, Step},
     identity, logs,
-    record::{Directory, Exit, FORMAT, Record},
+    record::{self, Directory, Exit, Record},
     start::Started,
     sys,
 };
@@ -33,10 +33,11 @@ const EXIT_PAUSE_MS: u16 = 500;
 /// middle of a system call ends when it leaves that.
 const TREE_ATTEMPTS: u32 = 500;
 const TREE_PAUSE_MS: u16 = 10;
+const CGROUP_PAUSE_MS: u16 = 2;
 
 /// Keeps a started process until it has ended and its end is on disk.
 pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
-    let Started { record, exec_error, output, mut logs, lock } = started;
+    let Started { record, exec_error, output, mut logs, mut oom, lock } = started;
     let pid = Pid::from_raw(record.process.pid);
     let process = sys::pidfd_open(record.process.pid)?;
     fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -68,8 +69,10 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         collect_orphans(pid);
     }
     failpoint::at(Step::StopSeen);
+    oom.ended();
     // The leader is a zombie until it is waited for, so its pid, which is also the group's id, can't be anybody else's.
     let _ = killpg(pid, Signal::SIGKILL);
+    end_cgroup(&record);
     end_descendants(pid);
     failpoint::at(Step::StopTreeEnded);
     if output_open {
@@ -80,10 +83,13 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         Ok(WaitStatus::Signaled(_, signal, _)) => (None, Some(signal as i32)),
         _ => (None, None),
     };
+    let known = record.format >= 2 && (code.is_some() || signal.is_some());
+    let oom_killed = if known { oom.killed(pid.as_raw(), signal) } else { None };
     // The agent may have raised the token since.
-    let token = durable::read::<Record>(&directory.record()).map_or(record.token, |r| r.token.max(record.token));
+    let token = record::read::<Record>(&directory.record()).map_or(record.token, |r| r.token.max(record.token));
     let exit = Exit {
-        format: FORMAT,
+        format: record.format,
+        oom_killed,
         process: record.process,
         token,
         code,
@@ -122,6 +128,18 @@ fn collect_orphans(leader: Pid) {
             }
             _ => return,
         }
+    }
+}
+
+/// Ends all that the server has left in its cgroup.
+fn end_cgroup(record: &Record) {
+    let Some(cgroup) = &record.cgroup else { return };
+    for _ in 0..TREE_ATTEMPTS {
+        // What has ended and is not collected yet counts as ended.
+        if cgroup.end().unwrap_or(true) {
+            return;
+        }
+        let _ = poll(&mut [], PollTimeout::from(CGROUP_PAUSE_MS));
     }
 }
 

@@ -7,16 +7,32 @@
 //! | `exit` | [`Exit`] | the shim, when the process has ended |
 //! | `lock` | – | held by the shim for as long as it lives |
 //! | `log/` | [`crate::logs`] | the shim |
+//!
+//! Agent and shim may be of different versions: a shim lives on while its agent is upgraded, and an agent may start a shim
+//! that is not upgraded yet. Fields are only added, and each is optional: a reader passes over what it does not know, and
+//! does without what is not there. The format says what a file may hold:
+//!
+//! | format | what it adds |
+//! |---|---|
+//! | 1 | |
+//! | 2 | record: the cgroup, the executable's file; exit: whether the kernel has killed it for memory |
+//!
+//! A file of a higher format than the reader's own is not read, set aside or written over ([`Error::Newer`]): whatever it
+//! is about is left alone.
 
-use crate::{durable, identity::Process};
-use serde::{Deserialize, Serialize};
+use crate::{cgroup::Cgroup, durable, identity::Process};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     fmt,
     path::{Path, PathBuf},
 };
 
-/// Format of the files. A shim refuses a spec of another format; the agent that wrote it was of another version.
-pub const FORMAT: u32 = 1;
+/// Format that this version writes, and the highest that it reads.
+pub const FORMAT: u32 = 2;
+
+/// Format of the specs that agents write: that of the version before, so that its shims take them. What the format adds is
+/// optional, and they pass over it.
+pub const SPEC_FORMAT: u32 = FORMAT - 1;
 
 /// Paths of an instance's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +94,7 @@ impl fmt::Display for Token {
 /// What a shim is to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
-    /// [`FORMAT`] of the writer.
+    /// [`SPEC_FORMAT`] of the writer.
     pub format: u32,
     /// Id of the instance.
     pub instance: String,
@@ -102,6 +118,9 @@ pub struct Spec {
     pub boot_id: String,
     /// While a file exists here nothing is released.
     pub halt_file: PathBuf,
+    /// Folder of cgroups below which the process gets one of its own; `None` where the host offers none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup_base: Option<PathBuf>,
 }
 
 /// How far a start has come.
@@ -135,6 +154,9 @@ pub struct Record {
     pub socket: PathBuf,
     /// When the record was first written, in milliseconds since the Unix epoch.
     pub started_at_ms: i64,
+    /// The cgroup that holds the process and what it starts, and nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Cgroup>,
 }
 
 /// How a run ended.
@@ -156,7 +178,23 @@ pub struct Exit {
     pub ended_at_ms: i64,
     /// Lines of its log that could not be written.
     pub log_lines_dropped: u64,
+    /// Whether the kernel has killed it because memory was short; `None` when that can't be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oom_killed: Option<bool>,
 }
 
+pub use durable::{Error, write};
+
 /// Reads one of the files.
-pub use durable::{Error, read, write};
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        format: u32,
+    }
+    let content = durable::content(path)?;
+    let Versioned { format } = durable::parse(path, &content)?;
+    if format > FORMAT {
+        return Err(Error::Newer { path: path.to_owned(), format, known: FORMAT });
+    }
+    durable::parse(path, &content)
+}

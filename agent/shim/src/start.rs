@@ -5,12 +5,12 @@
 //! pipe that the child waits at.
 
 use crate::{
-    clock, durable,
+    cgroup, clock, durable,
     failpoint::{self, Step},
-    identity,
-    identity::{Process, Verdict},
+    identity::{self, FileId, Process, Verdict},
     logs::Logs,
-    record::{Directory, FORMAT, Record, Spec, Stage, Token},
+    oom,
+    record::{self, Directory, Record, Spec, Stage, Token},
     sys,
 };
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -102,6 +102,8 @@ pub struct Started {
     pub output: OwnedFd,
     /// Where that goes.
     pub logs: Logs,
+    /// What was known before it began, to tell whether the kernel has killed it for memory.
+    pub oom: oom::Watch,
     /// Held for as long as the shim lives.
     pub lock: Flock<File>,
 }
@@ -115,9 +117,10 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
     let lock = lock(directory)?;
     failpoint::at(Step::StartLocked);
     // Read under the lock: whatever was written before it was taken is seen.
-    let spec: Spec = durable::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
-    if spec.format != FORMAT {
-        return Err(Refusal::Spec(format!("its format is {}, this shim reads {FORMAT}", spec.format)));
+    let spec: Spec = record::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
+    let format = failpoint::format();
+    if spec.format > format {
+        return Err(Refusal::Spec(format!("its format is {}, this shim reads up to {format}", spec.format)));
     }
     yield_to_record(directory, &spec)?;
     may_start(&spec)?;
@@ -129,8 +132,20 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
     let held = fork(directory, &spec, &executable, log_end)?;
     failpoint::at(Step::StartForked);
     let facts = |e: io::Error| Refusal::System { what: "facts of the held process", error: e.to_string() };
+    // While it is held: whatever it starts is in there too.
+    let base = spec.cgroup_base.as_deref().filter(|_| format >= 2);
+    let cgroup = match base.map(|base| cgroup::place(base, &spec.instance, spec.token, held.pid)) {
+        None => None,
+        Some(Ok(cgroup)) => Some(cgroup),
+        Some(Err(error)) => {
+            tell(&format!("note it runs without a cgroup of its own: {error}"));
+            None
+        }
+    };
+    let oom = oom::watch(held.pid, cgroup.as_ref().map(|own| own.path.as_path()));
+    let file = if format >= 2 { FileId::of(&executable).ok() } else { None };
     let mut record = Record {
-        format: FORMAT,
+        format,
         instance: spec.instance.clone(),
         token: spec.token,
         stage: Stage::Held,
@@ -139,11 +154,13 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
             pid: held.pid,
             start_ticks: identity::stat(held.pid).map_err(facts)?.start_ticks,
             executable,
+            file,
         },
         shim: std::env::current_exe().map_err(facts)?,
         arguments: spec.arguments.clone(),
         socket: spec.socket.clone(),
         started_at_ms: clock::unix_ms(),
+        cgroup,
     };
     durable::write(&directory.record(), &record).map_err(system("record of the held process"))?;
     failpoint::at(Step::StartRecorded);
@@ -165,7 +182,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
         tell(&format!("released {}", held.pid));
     }
     let logs = Logs::new(&directory.log(), spec.log_bytes_max, spec.log_files_max);
-    Ok(Started { record, exec_error, output, logs, lock })
+    Ok(Started { record, exec_error, output, logs, oom, lock })
 }
 
 /// Writes the record of a process that runs. An agent that has taken the process back may have raised the token since,
@@ -174,7 +191,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
 fn confirm(directory: &Directory, record: &mut Record) -> Result<(), durable::Error> {
     loop {
         durable::write(&directory.record(), record)?;
-        match durable::read::<Spec>(&directory.spec()) {
+        match record::read::<Spec>(&directory.spec()) {
             Ok(spec) if spec.token > record.token => record.token = spec.token,
             _ => return Ok(()),
         }
@@ -183,7 +200,7 @@ fn confirm(directory: &Directory, record: &mut Record) -> Result<(), durable::Er
 
 /// An agent that finds no record may raise the token in the spec: what was to start under the old one starts no more.
 fn not_raised(directory: &Directory, spec: &Spec) -> Result<(), Refusal> {
-    let now: Spec = durable::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
+    let now: Spec = record::read(&directory.spec()).map_err(|e| Refusal::Spec(e.to_string()))?;
     if now.token > spec.token {
         return Err(Refusal::LowerToken { given: spec.token, recorded: now.token });
     }
@@ -208,7 +225,7 @@ pub fn lock(directory: &Directory) -> Result<Flock<File>, Refusal> {
 
 /// A free lock proves nothing: the shim may have died while its server lives.
 fn yield_to_record(directory: &Directory, spec: &Spec) -> Result<(), Refusal> {
-    let record: Record = match durable::read(&directory.record()) {
+    let record: Record = match record::read(&directory.record()) {
         Ok(record) => record,
         Err(durable::Error::Missing(_)) => return Ok(()),
         Err(error) => return Err(system("record of an earlier run")(error)),

@@ -44,7 +44,7 @@ fn a_held_child_exits_when_its_shim_dies() {
     assert_eq!(record.stage, Progress::Held);
     assert_eq!(identity::verify(&record.process, Some(&record.shim)), Verdict::Same);
     assert!(
-        matches!(identity::verify(&record.process, None), Verdict::Other(_)),
+        matches!(identity::verify(&record.process, None), Verdict::Unknown(_)),
         "it does not execute the program yet"
     );
     shim.kill().unwrap();

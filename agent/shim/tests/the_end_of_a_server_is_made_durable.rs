@@ -12,7 +12,8 @@ fn with_its_exit_code() {
     let exit = stage.exit();
     assert_eq!((exit.code, exit.signal, exit.exec_error, exit.process.pid), (Some(42), None, None, pid));
     assert_eq!(exit.process, stage.record().process);
-    assert_eq!(stage.log(), "a line\nanother\n");
+    assert!(stage.log().ends_with("\na line\nanother\n"), "{}", stage.log());
+    assert_eq!(exit.oom_killed, Some(false));
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub(super) fn state<T>(path: &Path, read: Result<&T, &durable::Error>) -> FileRe
         Ok(_) => (FileState::Good, None),
         Err(durable::Error::Missing(_)) => (FileState::Absent, None),
         Err(durable::Error::Damaged { what, .. }) => (FileState::Damaged, Some(what.clone())),
+        Err(error @ durable::Error::Newer { .. }) => (FileState::Newer, Some(error.to_string())),
         Err(durable::Error::Io { source, .. }) => (FileState::Unreadable, Some(source.to_string())),
     };
     let version = durable::read::<serde_json::Value>(path).ok().and_then(|value| value.get("format")?.as_u64());
@@ -30,6 +31,13 @@ pub(super) fn finding(file: &FileReport, next_start: &str) -> Option<Finding> {
     match file.state {
         FileState::Good | FileState::Absent => None,
         FileState::Damaged => Some(finding.next_start(format!("it is set aside; {next_start}")).way_out(FIND_CAUSE)),
+        FileState::Newer => Some(
+            Finding { severity: Severity::Inconsistent, ..finding }
+                .next_start(
+                    "what it is about is left alone: neither taken back nor ended, and nothing is started in its place",
+                )
+                .way_out("run the agent of the version that wrote it"),
+        ),
         FileState::Unreadable => {
             let next_start = format!("if the agent can't read it either, it is left where it is; {next_start}");
             Some(finding.next_start(next_start).way_out(READABLE))

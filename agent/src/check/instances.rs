@@ -11,7 +11,7 @@ use crate::{
     lock::holder,
 };
 use drover_proto::ids;
-use drover_shim::record::{FORMAT, Record, Stage};
+use drover_shim::record::{Record, Stage};
 use std::{fs, io, path::Path};
 
 /// Looks at all instances, in the order of their ids.
@@ -68,6 +68,7 @@ fn look_at(view: &View, traces: &Traces, findings: &mut Vec<Finding>) -> Instanc
         end: traces.exit.as_ref().ok().map(|exit| End {
             code: exit.code,
             signal: exit.signal,
+            oom_killed: exit.oom_killed,
             ended_at_ms: exit.ended_at_ms,
             log_lines_dropped: exit.log_lines_dropped,
         }),
@@ -129,7 +130,6 @@ fn judge(instance: &Instance, findable: bool) -> Vec<Finding> {
     ];
     for (file, next_start) in after {
         findings.extend(files::finding(file, next_start));
-        findings.extend(other_version(file));
     }
     let absent = |file: &FileReport| file.state == FileState::Absent;
     let mut inconsistent = |about: &FileReport, what: String, next_start: &str, way_out: &str| {
@@ -174,18 +174,6 @@ fn judge(instance: &Instance, findable: bool) -> Vec<Finding> {
         _ => {}
     }
     findings
-}
-
-/// A file of a format that this version does not write.
-fn other_version(file: &FileReport) -> Option<Finding> {
-    let version = file.version.filter(|version| *version != u64::from(FORMAT))?;
-    let what = format!("its format is {version}; this version writes {FORMAT}");
-    let finding = Finding::new(Severity::Inconsistent, file.path.display(), what);
-    Some(
-        finding
-            .next_start("what this version knows of it is used; a shim refuses a spec of another format")
-            .way_out("run the agent of the version that wrote it, or restart the instance"),
-    )
 }
 
 /// Files that name another instance than their directory does, as in a copy made by hand.
@@ -258,10 +246,10 @@ mod tests {
             (Instance { record: file(Absent), ..instance(ProcessState::Matching, kept(), Absent) }, "absent"),
             (
                 Instance {
-                    spec: FileReport { version: Some(9), ..file(Good) },
+                    spec: FileReport { what: Some("it has format 9".to_owned()), ..file(FileState::Newer) },
                     ..instance(ProcessState::Matching, kept(), Absent)
                 },
-                "its format is 9",
+                "it has format 9",
             ),
         ] {
             let [finding] = &judge(&bad, true)[..] else { panic!("one finding about {bad:?}") };

@@ -59,6 +59,8 @@ pub(super) enum FileState {
     Absent,
     Damaged,
     Unreadable,
+    /// A later version has written it.
+    Newer,
 }
 
 /// A file with a checksum.
@@ -134,6 +136,8 @@ pub(super) struct Process {
 pub(super) struct End {
     pub(super) code: Option<i32>,
     pub(super) signal: Option<i32>,
+    /// Whether the kernel has killed it because memory was short; null when that can't be told.
+    pub(super) oom_killed: Option<bool>,
     pub(super) ended_at_ms: i64,
     pub(super) log_lines_dropped: u64,
 }

@@ -91,6 +91,9 @@ fn instance(instance: &Instance) -> Vec<String> {
     let end = match &instance.end {
         Some(end) => match (end.code, end.signal) {
             (Some(code), _) => format!("code {code}"),
+            (None, Some(_)) if end.oom_killed == Some(true) => {
+                "killed by the kernel because memory was short".to_owned()
+            }
             (None, Some(signal)) => format!("signal {signal}"),
             (None, None) => "unknown".to_owned(),
         },
@@ -139,6 +142,7 @@ fn word(file: &FileReport) -> &'static str {
         FileState::Absent => "absent",
         FileState::Damaged => "damaged",
         FileState::Unreadable => "unreadable",
+        FileState::Newer => "of a newer version",
     }
 }
 

@@ -30,6 +30,7 @@ pub struct File {
     pub(super) spool_bytes_max: Option<u64>,
     pub(super) return_within_ms: Option<i64>,
     pub(super) restarts: Restarts,
+    pub(super) cgroup_root: Option<String>,
 }
 
 /// A GPU, declared.

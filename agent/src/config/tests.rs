@@ -45,6 +45,7 @@ fn what_is_wrong_is_named_with_the_way_out() {
         ("proxy_listen = '0.0.0.0:7410'\n", "proxy_listen"),
         ("coordinators = ['nowhere']\n", "host:port"),
         ("join_secret_file = '/none'\n", "join_secret_file"),
+        ("cgroup_root = 'on'\n", "cgroup_root = on"),
         ("llama_server_environment = { LLAMA_ARG_HOST = '0.0.0.0' }\n", "LLAMA_ARG_HOST"),
     ] {
         let error = format!("{:#}", with_file(root, text).unwrap_err());

@@ -2,6 +2,7 @@
 //!
 //! Must never: know what an instance is, or decide what ends.
 
+pub mod cgroup;
 pub mod disk;
 pub mod machine;
 pub mod memory;

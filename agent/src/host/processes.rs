@@ -3,7 +3,9 @@
 //! A process is touched only through a [`Living`], which is made by opening a pidfd first and verifying the identity then:
 //! from that on the handle names this process, whatever becomes of its pid.
 
+use super::cgroup;
 use drover_shim::{
+    failpoint::{self, Step},
     identity::{self, Process, Verdict},
     record::{Record, Stage},
     sys,
@@ -24,6 +26,8 @@ pub struct Living {
     handle: AsyncFd<OwnedFd>,
     pid: i32,
     start_ticks: u64,
+    /// Names the cgroup that holds it and what it starts; `None` when it was found without a record.
+    record: Option<Box<Record>>,
 }
 
 /// What a process has done since its start. One that waits for a slow disk uses no processor meanwhile, but reads.
@@ -51,7 +55,11 @@ pub enum Found {
 /// Looks for the process of a record.
 #[must_use]
 pub fn find(record: &Record) -> Found {
-    find_process(&record.process, (record.stage == Stage::Held).then_some(record.shim.as_path()))
+    let held_as = (record.stage == Stage::Held).then_some(record.shim.as_path());
+    match find_process(&record.process, held_as) {
+        Found::Living(living) => Found::Living(Living { record: Some(Box::new(record.clone())), ..living }),
+        other => other,
+    }
 }
 
 /// Looks for a process of this identity. `held_as`: executable that it shows while it is held.
@@ -64,12 +72,13 @@ pub fn find_process(process: &Process, held_as: Option<&Path>) -> Found {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Found::Gone,
         Err(error) => return Found::Unknown(format!("no handle of pid {pid}: {error}")),
     };
+    failpoint::at(Step::AdoptOpened);
     match identity::verify(process, held_as) {
         Verdict::Gone => Found::Gone,
         Verdict::Other(what) => Found::Other(what),
         Verdict::Unknown(why) => Found::Unknown(why),
         Verdict::Same => match watch(handle) {
-            Ok(handle) => Found::Living(Living { handle, pid, start_ticks: process.start_ticks }),
+            Ok(handle) => Found::Living(Living { handle, pid, start_ticks: process.start_ticks, record: None }),
             Err(error) => Found::Unknown(format!("the handle of pid {pid} can't be watched: {error}")),
         },
     }
@@ -108,10 +117,16 @@ impl Living {
         self.signal(Signal::SIGTERM)
     }
 
-    /// Ends it and everything in its session.
-    pub fn kill_session(&self) -> io::Result<()> {
+    /// Ends it and what it has started: its cgroup, where it has one of its own, and its session.
+    pub fn kill_tree(&self) -> io::Result<()> {
+        if let Some(error) = self.record.as_deref().and_then(|record| cgroup::kill(record).err()) {
+            tracing::warn!(pid = self.pid, %error, "its cgroup can't be ended: its session is");
+        }
         // Its session's id is its pid, and stays taken for as long as the session has a member.
-        let members = session_members(self.pid, self.start_ticks)?;
+        let members = session_members(self.pid, self.start_ticks).unwrap_or_else(|error| {
+            tracing::warn!(pid = self.pid, %error, "its session can't be looked through: it is ended alone");
+            Vec::new()
+        });
         let result = self.signal(Signal::SIGKILL);
         for member in members {
             if let Err(error) = sys::pidfd_signal(member.as_fd(), Signal::SIGKILL)

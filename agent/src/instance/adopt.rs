@@ -11,13 +11,18 @@ use super::{
     state::Ended,
     traces::{self, Traces},
 };
-use crate::host::processes::{self, Found};
+use crate::host::{
+    cgroup,
+    processes::{self, Found},
+};
 use drover_proto::{ids, v1::Severity};
 use drover_shim::{
-    Refusal, durable,
+    Refusal,
+    cgroup::Cgroup,
+    durable,
     failpoint::{self, Step},
     identity,
-    record::Directory,
+    record::{self, Directory, Record},
     start,
 };
 use std::{
@@ -26,6 +31,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tokio::net::UnixStream;
 
 /// Most files that are kept of those that were found damaged.
 pub const SET_ASIDE_MAX: usize = 100;
@@ -43,7 +49,26 @@ pub enum Left {
     /// Its server has ended, or was never started.
     Ended(Option<Ended>),
     /// It can't be told whether its server lives: it is left alone, and nothing is started in its place.
-    Unknown(String),
+    Unknown(Unsure),
+}
+
+/// What is known of a run whose process can't be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsure {
+    /// Why it can't be told.
+    pub why: String,
+    /// The recorded process; 0 when no record can be read.
+    pub pid: i32,
+    /// Whether a server answers at the instance's socket, for the model that was recorded: then it goes on serving.
+    pub answers: bool,
+}
+
+impl Unsure {
+    /// Of one that nothing but this is known of.
+    #[must_use]
+    pub fn because(why: impl Into<String>) -> Self {
+        Self { why: why.into(), pid: 0, answers: false }
+    }
 }
 
 /// The claims and runs that earlier agents left.
@@ -62,7 +87,17 @@ pub async fn scan(context: &Arc<Context>) -> io::Result<Vec<(Claim, Directory, L
     }
     // Each look waits for an answer of a server at most as long as a probe may take: all at the same time.
     let looks = names.into_iter().map(|name| look(context.clone(), name));
-    Ok(futures::future::join_all(looks).await)
+    let found = futures::future::join_all(looks).await;
+    if let Some(base) = &context.cgroup_base {
+        let records = found.iter().filter_map(|(_, directory, _)| record::read::<Record>(&directory.record()).ok());
+        let recorded: Vec<Cgroup> = records.filter_map(|record| record.cgroup).collect();
+        for (path, pids) in cgroup::tidy(base, &recorded) {
+            let message =
+                format!("no record names the cgroup {}: its processes {pids:?} are left alone", path.display());
+            context.events.tell("", "UnnamedCgroup", Severity::Warning, message);
+        }
+    }
+    Ok(found)
 }
 
 /// Removes what writers that were killed in the middle of a write have left in a directory.
@@ -93,12 +128,19 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     let settings = &context.settings;
     let traces = Traces::read(&settings.instances_dir(), &instance);
     for (path, error) in traces.unusable() {
-        aside(&context, &instance, &path, error);
+        if !matches!(error, durable::Error::Newer { .. }) {
+            aside(&context, &instance, &path, error);
+        }
     }
     let directory = traces.directory.clone();
+    let socket = settings.socket_of(&instance);
+    // Nothing is concluded from what can't be read, nor written over it.
+    let unread = traces.unread().map(ToString::to_string);
     let record = traces.record.as_ref().ok().cloned().or_else(|| {
-        let record = traces.rebuilt(&settings.socket_of(&instance), &settings.llama_server, &settings.shim)?;
+        let record = traces.rebuilt(&socket, &settings.llama_server, &settings.shim).filter(|_| unread.is_none())?;
         let pid = record.process.pid;
+        let cgroup = context.cgroup_base.as_deref().and_then(|base| Cgroup::of(pid, base, &instance));
+        let record = Record { cgroup, ..record };
         tracing::warn!(instance, pid, "the record was lost; it is rebuilt from the process that serves its socket");
         if let Err(error) = durable::write(&directory.record(), &record) {
             tracing::error!(instance, %error, "the rebuilt record is not on disk");
@@ -107,18 +149,29 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     });
     failpoint::at(Step::AdoptRead);
     let claim = traces.claim(record.as_ref());
-    let left = match record {
-        None => Left::Ended(None),
-        Some(record) => match processes::find(&record) {
+    let left = match (unread, record) {
+        (Some(why), record) => {
+            let specified = traces.spec.ok().map(|spec| spec.arguments);
+            let arguments = record.map(|record| record.arguments).or(specified).unwrap_or_default();
+            let answers = serves(&instance, &socket, &arguments).await;
+            Left::Unknown(Unsure { answers, ..Unsure::because(why) })
+        }
+        (None, None) if is_listening(&socket).await => {
+            Left::Unknown(Unsure::because("it has no record, and somebody listens on its socket"))
+        }
+        (None, None) => Left::Ended(None),
+        (None, Some(record)) => match processes::find(&record) {
             Found::Living(living) => {
                 failpoint::at(Step::AdoptVerified);
-                let run = Run { living: Arc::new(living), record };
-                let ready = ready(&instance, &run).await;
-                Left::Living { run, ready }
+                let ready = serves(&instance, &record.socket, &record.arguments).await;
+                Left::Living { run: Run { living: Arc::new(living), record }, ready }
             }
-            Found::Unknown(why) => Left::Unknown(why),
+            Found::Unknown(why) => {
+                let answers = serves(&instance, &record.socket, &record.arguments).await;
+                Left::Unknown(Unsure { why, pid: record.process.pid, answers })
+            }
             Found::Other(what) => {
-                tracing::info!(instance, "the recorded process has ended and its pid is another's now: {what}");
+                tracing::info!(instance, "the recorded process has ended and its pid is another's: {what}");
                 Left::Ended(Some(run::ended(&directory, Some(&record)).await))
             }
             Found::Gone => Left::Ended(Some(run::ended(&directory, Some(&record)).await)),
@@ -127,13 +180,23 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     (claim, directory, left)
 }
 
-async fn ready(instance: &str, run: &Run) -> bool {
-    match health::answers(&run.record.socket, &traces::model(&run.record)).await {
+/// Whether a server answers at a socket, for the model that it was started with.
+async fn serves(instance: &str, socket: &Path, arguments: &[String]) -> bool {
+    match health::answers(socket, &traces::model(arguments)).await {
         Ok(ready) => ready,
         Err(what) => {
-            tracing::warn!(instance, pid = run.record.process.pid, "the adopted server gets no requests yet: {what}");
+            tracing::warn!(instance, "a server that was found gets no requests yet: {what}");
             false
         }
+    }
+}
+
+/// Whether somebody listens there, be it that he is too busy to take a connection.
+async fn is_listening(socket: &Path) -> bool {
+    let absent = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+    match tokio::time::timeout(health::PROBE_DEADLINE, UnixStream::connect(socket)).await {
+        Ok(Err(error)) => !absent(&error),
+        Ok(Ok(_)) | Err(_) => true,
     }
 }
 
@@ -171,7 +234,8 @@ fn keep_newest(folder: &Path, most: usize) {
 }
 
 /// Removes the directory and the socket of an instance that has no process. False, and nothing is removed, while a shim
-/// is at work there: one that an agent has left in the middle of a start would go on without a record.
+/// is at work there: one that an agent has left in the middle of a start would go on without a record; and while its
+/// server, or something that this has started, lives.
 #[must_use]
 pub fn remove(directory: &Directory, socket: &Path) -> bool {
     let _lock = match start::lock(directory) {
@@ -179,6 +243,12 @@ pub fn remove(directory: &Directory, socket: &Path) -> bool {
         // Where the lock can't even be opened, as where there is no directory, no shim can begin.
         locked => locked.ok(),
     };
+    if let Ok(record) = record::read::<Record>(&directory.record()) {
+        let ended = matches!(processes::find(&record), Found::Gone | Found::Other(_));
+        if !ended || !cgroup::is_ended(&record) {
+            return false;
+        }
+    }
     for removed in [fs::remove_dir_all(directory.path()), fs::remove_file(socket)] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -9,6 +9,8 @@ use prost_types::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
+/// Format of the file.
+const FORMAT: u32 = 1;
 /// Name of the file.
 const FILE_NAME: &str = "claim";
 
@@ -99,7 +101,7 @@ impl Claim {
     /// Writes it; returns after the disk has it.
     pub fn write(&self, directory: &Path) -> Result<(), durable::Error> {
         let stored = Stored {
-            format: record::FORMAT,
+            format: FORMAT,
             instance: self.instance.clone(),
             token: stored_token(self.token),
             spec: self.spec.encode_to_vec().iter().map(|byte| format!("{byte:02x}")).collect(),

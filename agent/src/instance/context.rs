@@ -3,9 +3,12 @@
 use super::{arguments::Known, board::Board, routes::Routes, session::Deadline, state::Policy};
 use crate::config::Settings;
 use drover_proto::v1::{DeploymentSpec, NodeEvent, Severity};
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, Ordering},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 use tokio::sync::mpsc;
 
@@ -19,6 +22,8 @@ pub struct Context {
     pub settings: Arc<Settings>,
     /// Boot that this is.
     pub boot_id: String,
+    /// Folder for the cgroups of its instances; `None` where the host offers none.
+    pub cgroup_base: Option<PathBuf>,
     /// Flags that the installed llama-server knows.
     pub known: Known,
     /// Routes through the proxy.

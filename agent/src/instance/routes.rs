@@ -42,6 +42,12 @@ impl Routes {
         self.lock().routes.insert(route.instance.clone(), route);
     }
 
+    /// Whether this very route is in the set.
+    #[must_use]
+    pub fn has(&self, route: &Route) -> bool {
+        self.lock().routes.get(&route.instance) == Some(route)
+    }
+
     /// Gives the proxy the set as it is, now and with every change from now on.
     pub fn announce(&self) {
         self.lock().announced = true;

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     blocking, clock,
     host::{
-        disk,
+        cgroup, disk,
         processes::{self, Found, Living},
     },
     model::{self, Model},
@@ -18,7 +18,7 @@ use drover_shim::{
     durable,
     failpoint::{self, Step},
     logs,
-    record::{self, Directory, Exit, FORMAT, Record, Spec},
+    record::{self, Directory, Exit, Record, SPEC_FORMAT, Spec},
 };
 use std::{
     io::{Read as _, Seek as _, SeekFrom},
@@ -79,8 +79,11 @@ pub struct Run {
 
 /// Launches what a claim says; or takes hold of the recorded process, if that lives.
 pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> Result<Run, Failed> {
-    if let Some(run) = recorded(directory)? {
-        return Ok(run);
+    match recorded(directory)? {
+        Recorded::Living(run) => return Ok(run),
+        // What an earlier run has started and left behind would share memory and GPUs with the next.
+        Recorded::Ended(earlier) => cgroup::end(&earlier).await.map_err(Failed::again)?,
+        Recorded::Nothing => {}
     }
     let start_deadline_ns = context.session.ns();
     if context.session.has_passed() {
@@ -94,7 +97,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     let place = Place { model: &model.path, socket: &socket, gpus: &gpus };
     let arguments = arguments::build(&claim.spec, place, &context.known).map_err(Failed::for_good)?;
     let spec = Spec {
-        format: FORMAT,
+        format: SPEC_FORMAT,
         instance: claim.instance.clone(),
         token: stored_token(claim.token),
         program: settings.llama_server.clone(),
@@ -106,6 +109,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         start_deadline_ns,
         boot_id: context.boot_id.clone(),
         halt_file: settings.halt_file(),
+        cgroup_base: context.cgroup_base.clone(),
     };
     tokio::task::block_in_place(|| durable::write(&directory.spec(), &spec))
         .map_err(|e| Failed::again(e.to_string()))?;
@@ -125,11 +129,12 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     // The shim lives as long as its server: somebody has to collect it when it ends.
     tokio::spawn(async move { shim.wait().await });
     match (recorded(directory)?, outcome) {
-        (Some(run), _) => Ok(run),
-        (None, Err(failed)) => Err(failed),
-        (None, Ok(())) => {
-            let pid = durable::read::<Record>(&directory.record()).map_or(0, |record| record.process.pid);
-            let ended = ended(directory, None).await;
+        (Recorded::Living(run), _) => Ok(run),
+        (_, Err(failed)) => Err(failed),
+        (left, Ok(())) => {
+            let record = if let Recorded::Ended(record) = left { Some(record) } else { None };
+            let pid = record.as_ref().map_or(0, |record| record.process.pid);
+            let ended = ended(directory, record.as_ref()).await;
             Err(Failed { ended: Some((pid, ended)), ..Failed::again("llama-server has ended at once") })
         }
     }
@@ -164,16 +169,25 @@ async fn find_model(model_path: &str, roots: &[PathBuf]) -> Result<Model, Failed
     }
 }
 
-/// The recorded process, if it lives.
-fn recorded(directory: &Directory) -> Result<Option<Run>, Failed> {
-    let record: Record = match durable::read(&directory.record()) {
+/// What the record of a directory says.
+enum Recorded {
+    /// The process lives.
+    Living(Run),
+    /// It has ended.
+    Ended(Record),
+    /// There is no record.
+    Nothing,
+}
+
+fn recorded(directory: &Directory) -> Result<Recorded, Failed> {
+    let record: Record = match record::read(&directory.record()) {
         Ok(record) => record,
-        Err(durable::Error::Missing(_)) => return Ok(None),
+        Err(durable::Error::Missing(_)) => return Ok(Recorded::Nothing),
         Err(error) => return Err(Failed::again(error.to_string())),
     };
     match processes::find(&record) {
-        Found::Living(living) => Ok(Some(Run { living: Arc::new(living), record })),
-        Found::Gone | Found::Other(_) => Ok(None),
+        Found::Living(living) => Ok(Recorded::Living(Run { living: Arc::new(living), record })),
+        Found::Gone | Found::Other(_) => Ok(Recorded::Ended(record)),
         Found::Unknown(why) => {
             Err(Failed::again(format!("it can't be told whether the recorded process still runs: {why}")))
         }
@@ -218,10 +232,10 @@ async fn hear(shim: &mut Child) -> Result<(), Failed> {
 }
 
 /// How the process of a record ended. Its shim makes that durable in a moment; without a shim it stays unknown. With a
-/// record, only an end of that very process counts.
+/// record, only an end of that very process counts. What it had started ends too, also when its shim is dead.
 pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
     let read = || {
-        durable::read::<Exit>(&directory.exit()).ok().filter(|exit| record.is_none_or(|r| r.process == exit.process))
+        record::read::<Exit>(&directory.exit()).ok().filter(|exit| record.is_none_or(|r| r.process.is(&exit.process)))
     };
     let wait = async {
         loop {
@@ -232,6 +246,11 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
         }
     };
     let exit = timeout(EXIT_DEADLINE, wait).await.ok();
+    if let Some(record) = record
+        && let Err(error) = cgroup::end(record).await
+    {
+        tracing::warn!(instance = record.instance, "{error}");
+    }
     // A log that a signal cut off ends anywhere: only its errors tell something.
     let signalled = exit.as_ref().is_some_and(|exit| exit.signal.is_some());
     let log = last_log(&directory.log());
@@ -240,7 +259,8 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
         None => Ended { last_lines, ..Ended::default() },
         Some(exit) => {
             let cause = cause::of(exit.code, &log);
-            Ended { code: exit.code, signal: exit.signal, exec_error: exit.exec_error, last_lines, cause }
+            let Exit { code, signal, exec_error, oom_killed, .. } = exit;
+            Ended { code, signal, exec_error, oom_killed, last_lines, cause }
         }
     }
 }
@@ -248,7 +268,7 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
 /// Raises the token of a run everywhere it is kept, spec first: from then on no lower one can start anything.
 pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> {
     let token = stored_token(claim.token);
-    match durable::read::<Spec>(&directory.spec()) {
+    match record::read::<Spec>(&directory.spec()) {
         Ok(mut spec) if spec.token < token => {
             spec.token = token;
             durable::write(&directory.spec(), &spec)?;
@@ -256,7 +276,7 @@ pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> 
         Ok(_) | Err(durable::Error::Missing(_)) => {}
         Err(error) => return Err(error),
     }
-    match durable::read::<Record>(&directory.record()) {
+    match record::read::<Record>(&directory.record()) {
         Ok(mut record) if record.token < token => {
             record.token = token;
             durable::write(&directory.record(), &record)?;

@@ -104,6 +104,8 @@ pub struct Ended {
     pub signal: Option<i32>,
     /// Why the program could not be executed at all.
     pub exec_error: Option<String>,
+    /// Whether the kernel has killed it because memory was short, when that is known.
+    pub oom_killed: Option<bool>,
     /// The last lines of its log that say something.
     pub last_lines: String,
     /// What its log says of the next start, had it not served yet.
@@ -124,6 +126,9 @@ impl std::fmt::Display for Ended {
         match (&self.exec_error, self.code, self.signal) {
             (Some(error), ..) => write!(f, "could not be executed: {error}")?,
             (None, Some(code), _) => write!(f, "exited with code {code}")?,
+            (None, None, Some(_)) if self.oom_killed == Some(true) => {
+                write!(f, "was killed by the kernel because memory was short (OOM)")?;
+            }
             (None, None, Some(signal)) => write!(f, "was ended by signal {signal}")?,
             (None, None, None) => write!(f, "ended (how is not known)")?,
         }

@@ -6,7 +6,7 @@ use drover_proto::v1::DeploymentSpec;
 use drover_shim::{
     durable,
     identity::{self, Process},
-    record::{Directory, Exit, FORMAT, Record, Spec, Stage, Token},
+    record::{self, Directory, Exit, FORMAT, Record, Spec, Stage, Token},
 };
 use std::{
     fs,
@@ -37,10 +37,10 @@ impl Traces {
         let directory = Directory::new(instances_dir.join(instance));
         Self {
             instance: instance.to_owned(),
-            spec: durable::read(&directory.spec()),
-            record: durable::read(&directory.record()),
+            spec: record::read(&directory.spec()),
+            record: record::read(&directory.record()),
             claim: Claim::read(directory.path()),
-            exit: durable::read(&directory.exit()),
+            exit: record::read(&directory.exit()),
             directory,
         }
     }
@@ -56,6 +56,14 @@ impl Traces {
         ];
         let there = all.into_iter().filter_map(|(path, error)| Some((path, error?)));
         there.filter(|(_, error)| !matches!(error, durable::Error::Missing(_))).collect()
+    }
+
+    /// Why it can't be known what runs: spec or record are there and can't be read, or a newer version has written them. One
+    /// that is damaged is as good as absent.
+    #[must_use]
+    pub fn unread(&self) -> Option<&durable::Error> {
+        let mut errors = [self.spec.as_ref().err(), self.record.as_ref().err()].into_iter().flatten();
+        errors.find(|error| !error.is_damage() && !matches!(error, durable::Error::Missing(_)))
     }
 
     /// Looks for the server whose record is lost: only a program of ours listens on the socket that belongs to this
@@ -75,6 +83,7 @@ impl Traces {
             arguments,
             socket: socket.to_owned(),
             started_at_ms: 0,
+            cgroup: None,
         })
     }
 
@@ -103,8 +112,8 @@ impl Traces {
 
 /// The model that a server was started with.
 #[must_use]
-pub fn model(record: &Record) -> PathBuf {
-    let model = record.arguments.iter().skip_while(|word| *word != "--model").nth(1);
+pub fn model(arguments: &[String]) -> PathBuf {
+    let model = arguments.iter().skip_while(|word| *word != "--model").nth(1);
     PathBuf::from(model.map(String::as_str).unwrap_or_default())
 }
 
@@ -121,7 +130,13 @@ pub fn serves(socket: &Path, program: &Path) -> Option<(Process, Vec<String>)> {
         if !listens || executable != program || stat.state == 'Z' {
             continue;
         }
-        let process = Process { boot_id: identity::boot_id().ok()?, pid, start_ticks: stat.start_ticks, executable };
+        let process = Process {
+            boot_id: identity::boot_id().ok()?,
+            pid,
+            start_ticks: stat.start_ticks,
+            executable,
+            file: identity::executable_file(pid).ok(),
+        };
         let end = words.len().saturating_sub(1);
         return Some((process, words.get(1..end).unwrap_or_default().to_vec()));
     }

@@ -62,7 +62,7 @@ fn hold(seen: &Seen, boot_id: &str) -> Result<Living, (Outcome, String)> {
         return Err((Outcome::LeftAlone, why));
     };
     let (pid, start_ticks) = (seen.pid, seen.start_ticks);
-    let process = identity::Process { boot_id: boot_id.to_owned(), pid, start_ticks, executable };
+    let process = identity::Process { boot_id: boot_id.to_owned(), pid, start_ticks, executable, file: None };
     match processes::find_process(&process, None) {
         Found::Living(living) => Ok(living),
         Found::Gone => Err((Outcome::Ended, "it had ended already".to_owned())),
@@ -99,7 +99,7 @@ pub(super) async fn end(seen: &Seen, boot_id: &str, patience: Patience) -> (Outc
     if !patience.kill {
         return (Outcome::Lives, format!("lives still {waited} s after SIGTERM: force ends it at once"));
     }
-    if let Err(error) = living.kill_session() {
+    if let Err(error) = living.kill_tree() {
         return (Outcome::Lives, format!("lives still {waited} s after SIGTERM, and SIGKILL was refused: {error}"));
     }
     match timeout(KILLED, living.ended()).await {

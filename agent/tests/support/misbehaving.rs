@@ -3,7 +3,9 @@
 //! `parent` starts a child in a session of its own and writes its pid to `CHILD_FILE`. With `MARK` a file is named: `loading`
 //! says that it loads until that file is there, `reading` reads its model bit by bit before it listens until then,
 //! `other-model` says that it serves another model until then; `says` prints what the file holds and exits with 1, and serves
-//! when there is none.
+//! when there is none. `fugitive` ignores SIGTERM and has a grandchild that does so too, in a session of its own, whose
+//! parent has ended; `hungry` takes memory without end as soon as it is asked for its health while `CHILD_FILE` exists,
+//! which it removes.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test")]
 
 use std::{
@@ -18,6 +20,13 @@ use std::{
 
 /// Answers of `/health` after which `after-ready` ends: the first makes it ready.
 const ANSWERS: u32 = 3;
+
+fn eat() -> ! {
+    let mut all = Vec::new();
+    loop {
+        all.push(vec![1_u8; 4 << 20]);
+    }
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().collect();
@@ -54,6 +63,11 @@ fn main() -> ExitCode {
             let child = Command::new("setsid").args(["sleep", "600"]).spawn().unwrap();
             fs::write(env::var("CHILD_FILE").unwrap(), child.id().to_string()).unwrap();
         }
+        "fugitive" => {
+            drover_shim::sys::ignore_signals();
+            let forks = "setsid sh -c 'sleep 600 & echo $! > $CHILD_FILE.new; mv $CHILD_FILE.new $CHILD_FILE'";
+            Command::new("sh").args(["-c", forks]).status().unwrap();
+        }
         _ => {}
     }
     let listener = UnixListener::bind(value("--host")).unwrap();
@@ -77,6 +91,9 @@ fn main() -> ExitCode {
         // Who asked may be gone.
         let _ = stream.write_all(format!("{head}{body}").as_bytes());
         answers += u32::from(first.contains("/health"));
+        if how == "hungry" && first.contains("/health") && fs::remove_file(env::var("CHILD_FILE").unwrap()).is_ok() {
+            eat();
+        }
         if how == "after-ready" && answers >= ANSWERS {
             return ExitCode::from(4);
         }

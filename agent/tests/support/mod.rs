@@ -70,6 +70,10 @@ pub struct Node {
     pub program: PathBuf,
     /// Step at which agents started from now on, or their shims, meet an end once: "kill", "exit" or "pause".
     pub fail_point: Option<(&'static str, &'static str)>,
+    /// Command that agents are started through, which becomes the agent: its words, before those of the agent's.
+    pub wrapper: Vec<String>,
+    /// More variables of its agents.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 impl Node {
@@ -109,6 +113,8 @@ impl Node {
             config: config.to_owned(),
             program: llama_server(),
             fail_point: None,
+            wrapper: Vec::new(),
+            environment: Vec::new(),
         };
         fs::create_dir(node.path("models")).unwrap();
         drover::tiny_model::write(&node.path("models/tiny.gguf"), 1).unwrap();
@@ -145,9 +151,10 @@ impl Node {
 
     pub fn spawn_agent(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path("agent.log")).unwrap();
-        let words = self.agent_words();
+        let words: Vec<String> = self.wrapper.iter().cloned().chain(self.agent_words()).collect();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stderr(log);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if let Some((step, what)) = self.fail_point {
             let value = format!("{step}:{what}:{}", self.path("fail-point").display());
             command.env(drover_shim::failpoint::VARIABLE, value);
@@ -165,7 +172,6 @@ impl Node {
             format!("--config={}", config.display()),
             "--node=host-1".to_owned(),
             "--proxy-listen=127.0.0.1:0".to_owned(),
-            "--memory-bytes=100000000000".to_owned(),
             format!("--coordinators={}", self.coordinator.address()),
             format!("--state-dir={}", path("state")),
             format!("--model-roots={}", path("models")),
@@ -174,7 +180,9 @@ impl Node {
             format!("--ready-file={}", path("ready.json")),
             "--log-filter=info,drover_agent=debug".to_owned(),
         ];
-        words.to_vec()
+        // A flag would win over the file.
+        let memory = (!self.config.contains("memory_bytes")).then(|| "--memory-bytes=100000000000".to_owned());
+        words.into_iter().chain(memory).collect()
     }
 
     /// Waits until the agent has killed itself at its fail-point; those started from now on have none.
@@ -313,4 +321,16 @@ pub fn tiny() -> DeploymentSpec {
         threads: Some(1),
         ..DeploymentSpec::default()
     }
+}
+
+/// Asks an instance for its health through the node's proxy, as a coordinator would; the status of the answer.
+pub async fn ask(node: &Node, instance: &str) -> u16 {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let ready: serde_json::Value = serde_json::from_str(&fs::read_to_string(node.path("ready.json")).unwrap()).unwrap();
+    let mut stream = tokio::net::TcpStream::connect(ready["proxy"].as_str().unwrap()).await.unwrap();
+    let request = format!("GET /i/{instance}/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    answer.split(' ').nth(1).unwrap().parse().unwrap()
 }

@@ -43,6 +43,7 @@ impl Stage {
             start_deadline_ns: clock::boottime_ns() + 60_000_000_000,
             boot_id: identity::boot_id().unwrap(),
             halt_file: self.root.path().join("halt"),
+            cgroup_base: None,
         }
     }
 

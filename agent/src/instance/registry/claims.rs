@@ -1,7 +1,7 @@
 //! What follows from claims: instances are begun, raised to a new token, told to stop, removed.
 
 use super::super::{
-    adopt::{self, Left},
+    adopt::{self, Unsure},
     board::Entry,
     claim::Claim,
     run,
@@ -109,10 +109,15 @@ impl Registry {
                 handle.want(wanted, traceparent).await;
                 Kind::Supervised(handle)
             }
-            Some(Known { kind: Kind::Unknown(stored), .. }) => {
-                let message = "it can't be told whether its server still runs: nothing is started in its place";
-                self.post(&claim, InstanceState::Suspect, message);
-                Kind::Unknown(stored)
+            Some(Known { kind: Kind::Unknown(stored, unsure), token: old }) => {
+                if token > old
+                    && let Err(error) = run::raise(&self.directory(&instance), &claim)
+                {
+                    tracing::warn!(instance, %error, "the token could not be raised to {token} on disk");
+                }
+                let claim = Claim { restarts: stored.restarts, since: stored.since, ..claim };
+                self.keep_unsure(&claim, wanted, &unsure).await;
+                Kind::Unknown(stored, unsure)
             }
             Some(Known { kind: Kind::Dormant(stored, ended), .. }) if wanted => {
                 let claim =
@@ -129,7 +134,7 @@ impl Registry {
                     self.post(&claim, InstanceState::Stopped, "");
                     Kind::Nothing
                 } else {
-                    Kind::Unknown(stored)
+                    Kind::Unknown(stored, Unsure::because("what an ended run has left is still at work"))
                 }
             }
             Some(Known { kind: Kind::Nothing, .. }) | None if wanted => {
@@ -157,13 +162,16 @@ impl Registry {
             Kind::Dormant(claim, _) => {
                 if !self.remove(instance) {
                     // A shim is at work: what comes of it is seen when this is looked at again.
-                    let kind = Kind::Unknown(claim.clone());
+                    let unsure = Unsure::because("what an ended run has left is still at work");
+                    let kind = Kind::Unknown(claim.clone(), unsure);
                     inner.instances.insert(instance.to_owned(), Known { token, kind });
                     return None;
                 }
                 true
             }
-            Kind::Unknown(_) => false,
+            // One that serves is claimed again as any other that does.
+            Kind::Unknown(_, unsure) if !unsure.answers => return None,
+            Kind::Unknown(..) => false,
             Kind::Supervised(handle) => {
                 // Void once this node holds the token that it is to yield to.
                 let ordered = order.is_some_and(|order| order.yields_to.is_none_or(|to| to > token));
@@ -194,25 +202,6 @@ impl Registry {
         };
         let message = format!("pid {}, token {token}: {why}; it is drained and stopped here", entry.pid);
         self.context.events.tell(instance, "Superseded", Severity::Info, message);
-    }
-
-    /// Looks again at what could not be told.
-    async fn look_again(&self, inner: &mut Inner) {
-        let unknown = inner.instances.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(_)));
-        let unknown: Vec<String> = unknown.map(|(instance, _)| instance.clone()).collect();
-        for instance in unknown {
-            let (claim, directory, left) = adopt::look(self.context.clone(), instance.clone()).await;
-            let token = claim.token;
-            let kind = match left {
-                Left::Unknown(_) => continue,
-                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
-                Left::Living { run, ready } => {
-                    let begin = Begin::Adopted { run, ready };
-                    Kind::Supervised(supervisor::spawn(self.context.clone(), claim, directory, begin))
-                }
-            };
-            inner.instances.insert(instance, Known { token, kind });
-        }
     }
 
     /// Begins an instance: its directory first, then its supervisor.

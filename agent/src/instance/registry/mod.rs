@@ -5,19 +5,20 @@
 
 mod claims;
 mod runs;
+mod unsure;
 
 pub use runs::Unowned;
 
 use self::runs::{Holds, Published};
 use super::{
-    adopt::{self, Left},
+    adopt::{self, Left, Unsure},
     claim::Claim,
     context::Context,
     handle::Handle,
     state::Ended,
     supervisor::{self, Begin},
 };
-use drover_proto::v1::{ClaimSet, Severity, Token};
+use drover_proto::v1::{ClaimSet, Token};
 use drover_shim::{
     failpoint::{self, Step},
     record::Directory,
@@ -33,7 +34,7 @@ enum Kind {
     /// Files only: its server has ended under an earlier agent. Started again when a claim says so.
     Dormant(Box<Claim>, Option<Ended>),
     /// It can't be told whether its server lives; looked at again each time.
-    Unknown(Box<Claim>),
+    Unknown(Box<Claim>, Unsure),
     /// Nothing, though it is claimed: it is not wanted, or could not be begun.
     Nothing,
 }
@@ -64,11 +65,15 @@ impl Instances {
         self.known.iter()
     }
 
+    fn get_mut(&mut self, instance: &str) -> Option<&mut Known> {
+        self.known.get_mut(instance)
+    }
+
     fn insert(&mut self, instance: String, known: Known) {
         let holds = match &known.kind {
             Kind::Supervised(handle) => Holds::Process(handle.clone()),
             Kind::Dormant(claim, _) => Holds::Files(claim.memory_bytes),
-            Kind::Unknown(claim) => Holds::Unknown(claim.memory_bytes),
+            Kind::Unknown(claim, _) => Holds::Unknown(claim.memory_bytes),
             Kind::Nothing => Holds::Nothing,
         };
         self.published.set(&instance, known.token, holds);
@@ -125,9 +130,13 @@ impl Registry {
                     Kind::Supervised(handle)
                 }
                 Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
-                Left::Unknown(why) => {
-                    context.events.tell(&instance, "IdentityUnknown", Severity::Warning, why);
-                    Kind::Unknown(Box::new(claim))
+                Left::Unknown(unsure) => {
+                    unsure::tell(&context, &instance, &unsure);
+                    if unsure.answers {
+                        // Its requests go on until the claims are known.
+                        context.routes.prepare(unsure::route(&context, &claim, true, &unsure));
+                    }
+                    Kind::Unknown(Box::new(claim), unsure)
                 }
             };
             instances.insert(instance, Known { token, kind });

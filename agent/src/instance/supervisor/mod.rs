@@ -167,7 +167,11 @@ impl Supervisor {
     async fn hear(&mut self, message: Message) {
         match message {
             Message::Event(event) => {
-                if matches!(event, Event::Ended(_)) {
+                if let Event::Ended(ended) = &event {
+                    if ended.oom_killed == Some(true) {
+                        let (events, instance) = (&self.context.events, &self.claim.instance);
+                        events.tell(instance, "OomKilled", Severity::Error, format!("llama-server {ended}"));
+                    }
                     failpoint::at(Step::StopSettled);
                     self.ended_pid = self.pid();
                     self.run = None;
@@ -240,7 +244,7 @@ impl Supervisor {
             }
             Action::Terminate | Action::Kill => {
                 let Some((living, _)) = &self.run else { return };
-                let done = if action == Action::Kill { living.kill_session() } else { living.terminate() };
+                let done = if action == Action::Kill { living.kill_tree() } else { living.terminate() };
                 failpoint::at(Step::StopSigtermSent);
                 if let Err(error) = done {
                     let message = format!("pid {} can't be signalled: {error}", living.pid());

@@ -80,7 +80,9 @@ impl Supervisor {
             while *loading.borrow_and_update() {
                 let _ = tokio::time::timeout(PROGRESS_INTERVAL, loading.changed()).await;
                 let now = living.work();
-                if now != done && messages.send((number, Message::Event(Event::Progress))).await.is_err() {
+                // Where it can't be read the lack of progress can't be told either.
+                let progress = now.is_none() || now != done;
+                if progress && messages.send((number, Message::Event(Event::Progress))).await.is_err() {
                     return;
                 }
                 done = now;

@@ -114,12 +114,6 @@ impl Words {
     }
 }
 
-/// The model file that a server was started with, by its arguments.
-#[must_use]
-pub fn model_of(arguments: &[String]) -> Option<&Path> {
-    arguments.iter().skip_while(|word| *word != "--model").nth(1).map(Path::new)
-}
-
 /// The whole environment of a server: built up, nothing inherited. Every `LLAMA_ARG_*` would be an argument that nobody
 /// checked.
 #[must_use]

@@ -68,14 +68,10 @@ pub async fn probe_for(socket: &Path, model: &Path) -> Health {
     }
 }
 
-/// Probes an adopted server once and asks what it serves: it is ready only if that is what its claim says.
+/// Whether an adopted server answers, for the model that its claim says; `Err` says what is wrong with it.
 pub async fn answers(socket: &Path, model: &Path) -> Result<bool, String> {
-    match probe(socket).await {
-        Health::Ok => match model_path(socket).await {
-            Ok(path) if path == model => Ok(true),
-            Ok(path) => Err(format!("it serves {}, not {}", path.display(), model.display())),
-            Err(error) => Err(format!("it does not say what it serves: {error:#}")),
-        },
+    match probe_for(socket, model).await {
+        Health::Ok => Ok(true),
         Health::Loading => Ok(false),
         Health::Failing(what) | Health::Other(what) => Err(what),
     }

@@ -2,13 +2,14 @@
 
 use super::{
     super::{
-        arguments, health, run,
+        health, run,
         state::{Event, Health, Phase},
+        traces,
     },
     Message, Supervisor,
 };
 use drover_shim::failpoint::{self, Step};
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
@@ -54,7 +55,7 @@ impl Supervisor {
             Event::Ended(run::ended(&directory, Some(&of)).await)
         });
         let (messages, number, socket) = (self.messages.clone(), self.number, self.socket.clone());
-        let model = arguments::model_of(&record.arguments).map(Path::to_owned).unwrap_or_default();
+        let model = traces::model(&record);
         // An adopted one that is ready has said what it serves.
         let mut confirmed = self.state.phase == Phase::Ready;
         let loading = self.loading.subscribe();

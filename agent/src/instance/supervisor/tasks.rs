@@ -55,7 +55,7 @@ impl Supervisor {
             Event::Ended(run::ended(&directory, Some(&of)).await)
         });
         let (messages, number, socket) = (self.messages.clone(), self.number, self.socket.clone());
-        let model = traces::model(&record);
+        let model = traces::model(&record.arguments);
         // An adopted one that is ready has said what it serves.
         let mut confirmed = self.state.phase == Phase::Ready;
         let loading = self.loading.subscribe();

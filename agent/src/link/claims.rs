@@ -164,7 +164,8 @@ impl Claims {
                 halt_generation: pending.iter().map(|one| one.halt_generation).fold(known, u64::max),
                 claims: pending.iter().map(|one| one.item.clone()).collect(),
             };
-            let patience = pending.iter().map(|one| one.patience).min().unwrap_or(CLAIM_DEADLINE);
+            // An offer that runs out meanwhile is refused alone: it must not cut the wait for the others short.
+            let patience = pending.iter().map(|one| one.patience).max().unwrap_or(CLAIM_DEADLINE);
             let outcome = self.call(request, patience).await;
             drop(spans);
             let failure = match outcome {

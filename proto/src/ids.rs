@@ -64,9 +64,22 @@ pub fn instance_id(deployment: &str, mut random: u64) -> String {
     id
 }
 
+/// Name of the deployment that an instance's id was made for; `None` when the id is none that [`instance_id`] makes.
+#[must_use]
+pub fn deployment_of(id: &str) -> Option<&str> {
+    let (deployment, suffix) = id.rsplit_once('-')?;
+    (suffix.len() == 6 && !deployment.is_empty()).then_some(deployment)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_instance_bears_the_name_of_its_deployment() {
+        assert_eq!(deployment_of(&instance_id("a-b", 7)), Some("a-b"));
+        assert_eq!((deployment_of("tiny"), deployment_of("tiny-b"), deployment_of("-222222")), (None, None, None));
+    }
 
     #[test]
     fn names_outside_the_rules_are_refused_with_the_rule() {

@@ -1,73 +1,115 @@
 //! Events: the recorded ones in the order of their recording, then new ones as they happen.
 
 use crate::{
-    control::store_status,
-    store::{Change, KeyValue, Store, keys},
+    control::{
+        events::{history, restored},
+        store_status,
+    },
+    store::{Change, Error, KeyValue, Store, keys},
 };
 use drover_proto::{
+    ids,
     status::invalid_field,
     store::v1 as record,
     v1::{Event, WatchEventsRequest, WatchEventsResponse},
 };
 use futures::{StreamExt as _, stream::BoxStream};
 use prost::Message as _;
+use std::collections::VecDeque;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 const OUTBOUND: usize = 256;
+/// Events among which copies of one are looked for.
+const COPIES_WITHIN: usize = 128;
 
 /// Answers a watch.
 pub(super) async fn watch(
     store: Store,
     request: WatchEventsRequest,
 ) -> Result<BoxStream<'static, Result<WatchEventsResponse, Status>>, Status> {
-    let prefix = prefix(&request.object)?;
+    let place = place(&request.object)?;
     if request.after_revision < 0 {
         return Err(invalid_field(
             "after_revision",
             format!("{} is negative: use 0 for all events", request.after_revision),
         ));
     }
-    let listing = store.list(&prefix).await.map_err(store_status)?;
+    let mut recorded = Vec::new();
+    let mut from = Vec::new();
+    for prefix in &place.prefixes {
+        let listing = store.list(prefix).await.map_err(store_status)?;
+        recorded.extend(listing.items.iter().filter_map(decode));
+        from.push((prefix.clone(), listing.revision + 1));
+    }
+    recorded.retain(|event| event.revision > request.after_revision);
+    recorded.sort_by_key(|event| event.revision);
     let (send, stream) = mpsc::channel(OUTBOUND);
     tokio::spawn(async move {
-        let mut recorded: Vec<Event> =
-            listing.items.iter().filter_map(decode).filter(|e| e.revision > request.after_revision).collect();
-        recorded.sort_by_key(|e| e.revision);
-        for event in recorded {
-            if send.send(answer(event)).await.is_err() {
+        let mut told = Told::default();
+        for event in recorded.into_iter().filter(|event| place.shows(event)) {
+            if told.is_new(&event) && send.send(answer(event)).await.is_err() {
                 return;
             }
         }
         if !request.follow {
             return;
         }
-        let failed = match store.watch(&prefix, listing.revision + 1).await {
-            Err(error) => error,
-            Ok(mut watch) => loop {
-                let changes = tokio::select! {
-                    changes = watch.next() => changes,
-                    () = send.closed() => return,
-                };
-                match changes {
-                    Err(error) => break error,
-                    Ok(changes) => {
-                        for change in changes.changes {
-                            let Change::Put(item) = change else { continue };
-                            let Some(event) = decode(&item) else { continue };
-                            if send.send(answer(event)).await.is_err() {
-                                return;
-                            }
-                        }
-                    }
-                }
-            },
+        let failed = tokio::select! {
+            failed = follow(&store, from, &place, &mut told, &send) => failed,
+            () = send.closed() => return,
         };
         // The caller goes on from the last revision that it saw.
         let _ = send.send(Err(store_status(failed))).await;
     });
     Ok(ReceiverStream::new(stream).boxed())
+}
+
+type Answers = mpsc::Sender<Result<WatchEventsResponse, Status>>;
+
+/// Sends new events until the store fails.
+async fn follow(store: &Store, from: Vec<(String, i64)>, place: &Place, told: &mut Told, send: &Answers) -> Error {
+    let mut watches = Vec::new();
+    for (prefix, revision) in from {
+        match store.watch(&prefix, revision).await {
+            Ok(watch) => watches.push(watch),
+            Err(error) => return error,
+        }
+    }
+    loop {
+        let any = futures::future::select_all(watches.iter_mut().map(|watch| Box::pin(watch.next())));
+        let changes = match any.await.0 {
+            Ok(changes) => changes,
+            Err(error) => return error,
+        };
+        for change in changes.changes {
+            let Change::Put(item) = change else { continue };
+            let Some(event) = decode(&item).filter(|event| place.shows(event)) else { continue };
+            if told.is_new(&event) {
+                // Who has gone is seen by whoever runs this.
+                let _ = send.send(answer(event)).await;
+            }
+        }
+    }
+}
+
+/// Events told last. Copies of an event are written right after it, so that each is told once.
+#[derive(Debug, Default)]
+struct Told(VecDeque<Event>);
+
+impl Told {
+    fn is_new(&mut self, event: &Event) -> bool {
+        let same = |known: &Event| Event { revision: 0, ..known.clone() } == Event { revision: 0, ..event.clone() };
+        if self.0.iter().any(same) {
+            return false;
+        }
+        if self.0.len() >= COPIES_WITHIN {
+            self.0.pop_front();
+        }
+        self.0.push_back(event.clone());
+        true
+    }
 }
 
 fn answer(event: Event) -> Result<WatchEventsResponse, Status> {
@@ -77,22 +119,44 @@ fn answer(event: Event) -> Result<WatchEventsResponse, Status> {
 fn decode(item: &KeyValue) -> Option<Event> {
     let mut event = record::Event::decode(item.value.as_slice()).ok()?.event?;
     event.revision = item.mod_revision;
-    Some(event)
+    Some(restored(event))
 }
 
-/// Part of the store that the object's events lie in.
-fn prefix(object: &str) -> Result<String, Status> {
+/// Where the events of an object lie.
+#[derive(Debug, PartialEq, Eq)]
+struct Place {
+    /// Parts of the store.
+    prefixes: Vec<String>,
+    /// The only object shown of what lies there.
+    only: Option<String>,
+}
+
+impl Place {
+    fn shows(&self, event: &Event) -> bool {
+        self.only.as_ref().is_none_or(|object| event.object == *object)
+    }
+}
+
+fn place(object: &str) -> Result<Place, Status> {
+    let all_of = |prefix: String| Ok(Place { prefixes: vec![prefix], only: None });
     match object.split_once('/') {
-        None if object.is_empty() => Ok(keys::EVENTS.to_owned()),
-        None if object == crate::control::events::FLEET => Ok(keys::events(object)),
+        None if object.is_empty() => all_of(keys::EVENTS.to_owned()),
+        None if object == crate::control::events::FLEET => all_of(keys::events(object)),
         Some((kind @ ("deployment" | "instance" | "node"), name)) => {
             if name.is_empty() {
-                return Ok(format!("{}{kind}/", keys::EVENTS));
+                return all_of(format!("{}{kind}/", keys::EVENTS));
             }
-            if name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
-                return Ok(keys::events(object));
+            if !name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
+                return Err(invalid(object));
             }
-            Err(invalid(object))
+            match ids::deployment_of(name).filter(|_| kind == "instance") {
+                // What its deployment keeps of it, when it is gone itself.
+                Some(deployment) => Ok(Place {
+                    prefixes: vec![keys::events(object), keys::events(&history(deployment))],
+                    only: Some(object.to_owned()),
+                }),
+                None => all_of(keys::events(object)),
+            }
         }
         _ => Err(invalid(object)),
     }
@@ -112,12 +176,37 @@ mod tests {
 
     #[test]
     fn an_object_chooses_its_ring_a_kind_all_of_its_rings() {
-        assert_eq!(prefix("").unwrap(), "events/");
-        assert_eq!(prefix("deployment/tiny").unwrap(), "events/deployment/tiny/");
-        assert_eq!(prefix("node/").unwrap(), "events/node/");
-        assert_eq!(prefix("fleet").unwrap(), "events/fleet/");
+        let prefixes = |object: &str| place(object).unwrap().prefixes;
+        assert_eq!(prefixes(""), ["events/"]);
+        assert_eq!(prefixes("deployment/tiny"), ["events/deployment/tiny/"]);
+        assert_eq!(prefixes("node/"), ["events/node/"]);
+        assert_eq!(prefixes("fleet"), ["events/fleet/"]);
         for bad in ["pod/x", "tiny", "deployment/../x", "node/A"] {
-            assert!(prefix(bad).unwrap_err().message().contains("object"), "{bad}");
+            assert!(place(bad).unwrap_err().message().contains("object"), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_instance_is_also_looked_for_where_its_deployment_keeps_it() {
+        let place = place("instance/tiny-222222").unwrap();
+        assert_eq!(place.prefixes, ["events/instance/tiny-222222/", "events/history/tiny/"]);
+        let of = |object: &str| Event { object: object.to_owned(), ..Event::default() };
+        assert!(place.shows(&of("instance/tiny-222222")) && !place.shows(&of("deployment/tiny")));
+    }
+
+    #[test]
+    fn a_copy_is_told_once_and_the_same_thing_at_another_time_again() {
+        let event = |seconds, revision| Event {
+            time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+            object: "instance/tiny-222222".to_owned(),
+            revision,
+            ..Event::default()
+        };
+        let mut told = Told::default();
+        assert!(told.is_new(&event(1, 5)) && !told.is_new(&event(1, 6)) && told.is_new(&event(2, 7)));
+        for n in 0..i64::try_from(COPIES_WITHIN).unwrap() {
+            assert!(told.is_new(&event(100 + n, n)));
+        }
+        assert_eq!(told.0.len(), COPIES_WITHIN);
     }
 }

@@ -282,6 +282,7 @@ fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Ve
                 Op::Delete(keys::deployment(name)),
                 Op::DeletePrefix(keys::revisions(name)),
                 Op::DeletePrefix(keys::events(&format!("deployment/{name}"))),
+                Op::DeletePrefix(keys::events(&events::history(name))),
             ];
             (compare, then)
         }

@@ -1,12 +1,13 @@
 //! The record of what happened: a ring of events for each object.
 //!
 //! Service and handle: the service owns the rings' positions and a bounded queue; whoever records never waits. An event
-//! about an object that is gone goes into the fleet's ring, so that nothing is written that nobody would collect.
+//! about an object that is gone goes into the fleet's ring, so that nothing is written that nobody would collect. What is
+//! history of an instance is also kept with its deployment, in a ring of its own, for when the instance is gone.
 
 use super::clock;
 use crate::store::{Compare, Error, KeyValue, Op, Store, Txn, keys, pack::Step, records};
 use drover_proto::{
-    limits,
+    ids, limits,
     store::v1 as record,
     v1::{Event, Severity},
 };
@@ -16,6 +17,8 @@ use tokio::sync::mpsc;
 
 /// Object of events that are about no single thing, or about one that is gone.
 pub const FLEET: &str = "fleet";
+/// What the names of rings of history begin with.
+const HISTORY: &str = "history/";
 /// Events that wait to be written; beyond that they are counted and left out.
 const QUEUE: usize = 2048;
 /// Objects whose ring position is remembered; beyond that all are forgotten and looked up again.
@@ -24,6 +27,23 @@ const ATTEMPTS: usize = 3;
 /// Events that are written by one transaction: each takes up to two of its 128 comparisons. Fewer than a ring holds, so that
 /// none is overwritten by another of them.
 const TOGETHER: usize = 48;
+
+/// The ring that keeps the history of a deployment's instances when they are gone.
+#[must_use]
+pub fn history(deployment: &str) -> String {
+    format!("{HISTORY}{deployment}")
+}
+
+/// PURE. An event of such a ring as the one about an instance that it is a copy of; any other as it is.
+#[must_use]
+pub fn restored(event: Event) -> Event {
+    match event.message.split_once(": ") {
+        Some((id, message)) if event.object.starts_with(HISTORY) => {
+            Event { object: format!("instance/{id}"), message: message.to_owned(), ..event }
+        }
+        _ => event,
+    }
+}
 
 /// Handle: cheap to clone.
 #[derive(Debug, Clone)]
@@ -75,14 +95,24 @@ impl Events {
             let named = format!("{id}: {message}");
             self.record_from(source.to_owned(), format!("node/{node}"), reason, severity, named);
         }
-        self.record_from(source.to_owned(), format!("instance/{id}"), reason, severity, message);
+        let event = Self::event(source.to_owned(), format!("instance/{id}"), reason, severity, message);
+        let copy = ids::deployment_of(id).map(|deployment| {
+            let message = format!("{id}: {}", event.message);
+            Event { object: history(deployment), message, ..event.clone() }
+        });
+        self.queue(event);
+        copy.into_iter().for_each(|copy| self.queue(copy));
     }
 
     /// Records an event that `source` reported.
     pub fn record_from(&self, source: String, object: String, reason: &str, severity: Severity, message: String) {
+        self.queue(Self::event(source, object, reason, severity, message));
+    }
+
+    fn event(source: String, object: String, reason: &str, severity: Severity, message: String) -> Event {
         let traceparent = drover_telemetry::context::current_traceparent();
         tracing::info!(object, reason, message, "event");
-        let event = Event {
+        Event {
             time: Some(clock::now()),
             object,
             reason: reason.to_owned(),
@@ -91,7 +121,10 @@ impl Events {
             source,
             trace_id: drover_telemetry::context::trace_id_of(&traceparent).unwrap_or_default(),
             revision: 0,
-        };
+        }
+    }
+
+    fn queue(&self, event: Event) {
         if self.queue.try_send(event).is_err() {
             tracing::warn!("the queue of events is full; one was not recorded");
         }
@@ -192,6 +225,9 @@ impl Rings {
                     if let Some(key) = owner(&event.object)
                         && self.store.get(&key).await?.is_none()
                     {
+                        if event.object.starts_with(HISTORY) {
+                            return Ok(());
+                        }
                         event.message = format!("{}: {}", event.object, event.message);
                         FLEET.clone_into(&mut event.object);
                     }
@@ -242,9 +278,27 @@ impl Ring {
 fn owner(object: &str) -> Option<String> {
     let (kind, name) = object.split_once('/')?;
     match kind {
-        "deployment" => Some(keys::deployment(name)),
+        "deployment" | "history" => Some(keys::deployment(name)),
         "instance" => Some(keys::instance(name)),
         "node" => Some(keys::node(name)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_told_as_what_it_is_a_copy_of() {
+        let event = |object: &str, message: &str| Event {
+            object: object.to_owned(),
+            message: message.to_owned(),
+            ..Event::default()
+        };
+        let copy = event(&history("tiny"), "tiny-222222: on a: x");
+        assert_eq!(restored(copy), event("instance/tiny-222222", "on a: x"));
+        let others = [event("node/a", "tiny-222222: on a"), event("fleet", "x: y"), event("deployment/tiny", "x")];
+        assert_eq!(others.clone().map(restored), others);
     }
 }

@@ -254,6 +254,17 @@ impl Cluster {
         self.ready(&name, replicas).await
     }
 
+    /// Runs `drover` against a coordinator; its exit code, what it printed and what it said beside that.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub fn drover(&self, coordinator: usize, words: &[&str]) -> anyhow::Result<(Option<i32>, String, String)> {
+        let mut command = Command::new(program("drover"));
+        command.args(["--coordinators", &self.coordinators[coordinator].grpc, "--join-secret-file"]);
+        let output = command.arg(self.folder().join("secret")).args(words).output()?;
+        Ok((output.status.code(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
+    }
+
     /// Waits until exactly this many instances of a deployment exist, all ready.
     ///
     /// # Errors

@@ -3,6 +3,8 @@
 //! Owns: a whole fleet on one machine ([`cluster`]), its parts ([`etcd`], [`programs`]), what they use ([`measure`])
 //! and clients ([`gateway`]). Must never: look into the programs under test but through what they offer to everybody.
 
+pub mod alone;
+pub mod by_hand;
 pub mod cluster;
 pub mod collector;
 pub mod etcd;

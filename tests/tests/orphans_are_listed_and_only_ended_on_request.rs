@@ -9,26 +9,28 @@ use drover_proto::{
     },
 };
 use drover_tests::{
+    alone,
+    by_hand::Foreign,
     cluster::{Cluster, Plan, SOON},
-    programs::{eventually, llama_server, program},
+    programs::eventually,
 };
-use std::{
-    os::unix::process::ExitStatusExt as _,
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 /// Must never be seen in an answer.
 const KEY: &str = "canary-key-of-a-foreign-server";
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn orphans_are_listed_and_only_ended_on_request() -> anyhow::Result<()> {
+#[test]
+fn orphans_are_listed_and_only_ended_on_request() -> anyhow::Result<()> {
+    alone::run("orphans_are_listed_and_only_ended_on_request", whole())
+}
+
+async fn whole() -> anyhow::Result<()> {
     let mut cluster = Cluster::start(Plan { coordinators: 2, agents: 1, ..Plan::default() }).await?;
     let instances = cluster.deploy(cluster.spec("tiny", 1)).await?;
     let owned = instances[0].pid;
     let whole = capacity(&cluster).await?;
-    let mut foreign = Foreign::start(&cluster, "first")?;
-    let pid = i64::from(foreign.0.id());
+    let mut foreign = Foreign::start(&cluster, "first", KEY)?;
+    let pid = foreign.pid();
 
     is_listed_and_counted(&cluster, pid, owned, whole).await?;
     a_dry_run_leaves_it(&cluster, &mut foreign, owned).await?;
@@ -50,35 +52,6 @@ async fn orphans_are_listed_and_only_ended_on_request() -> anyhow::Result<()> {
     cluster.connected(1).await?;
     cluster.delete("tiny").await?;
     cluster.end().await
-}
-
-/// A llama-server started by hand.
-struct Foreign(Child);
-
-impl Foreign {
-    /// Its socket, below the fleet's folder, is its own: a server that was killed leaves the file.
-    fn start(cluster: &Cluster, name: &str) -> anyhow::Result<Self> {
-        let mut command = Command::new(llama_server()?);
-        command.arg("--model").arg(cluster.model()).args(["--api-key", KEY, "--threads", "1", "--host"]);
-        command.arg(cluster.folder().join(format!("{name}.sock")));
-        Ok(Self(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?))
-    }
-
-    fn lives(&mut self) -> anyhow::Result<bool> {
-        Ok(self.0.try_wait()?.is_none())
-    }
-
-    async fn signal(&mut self) -> anyhow::Result<Option<i32>> {
-        let status = eventually("it has ended", SOON, async || self.0.try_wait()?.context("it lives")).await?;
-        Ok(status.signal())
-    }
-}
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 async fn capacity(cluster: &Cluster) -> anyhow::Result<i64> {
@@ -135,7 +108,7 @@ async fn clean_up(
 }
 
 async fn a_dry_run_leaves_it(cluster: &Cluster, foreign: &mut Foreign, owned: i64) -> anyhow::Result<()> {
-    let pid = i64::from(foreign.0.id());
+    let pid = foreign.pid();
     for dry in [None, Some(true)] {
         // Other tests' strays may be there for a moment.
         let answer = eventually("the dry run names the foreign server alone", SOON, async || {
@@ -153,7 +126,7 @@ async fn a_dry_run_leaves_it(cluster: &Cluster, foreign: &mut Foreign, owned: i6
 }
 
 async fn cleanup_ends_it_alone(cluster: &Cluster, foreign: &mut Foreign, owned: i64) -> anyhow::Result<()> {
-    let pid = i64::from(foreign.0.id());
+    let pid = foreign.pid();
     let answer = clean_up(cluster, 1, Some(false)).await?;
     let done: Vec<_> = answer.results.iter().map(|r| (r.process.as_ref().map_or(0, |p| p.pid), r.action())).collect();
     assert_eq!(done, [(pid, ProcessAction::Ended)], "{answer:?}");
@@ -183,8 +156,8 @@ async fn told(cluster: &Cluster, object: &str, reason: &str, words: &[&str]) -> 
 
 /// One that listens where only this agent's servers do, and that no record of it names.
 async fn a_stale_one_is_ended_unasked(cluster: &Cluster) -> anyhow::Result<()> {
-    let mut stale = Foreign::start(cluster, "agent-a/run/tiny-222222")?;
-    let pid = i64::from(stale.0.id());
+    let mut stale = Foreign::start(cluster, "agent-a/run/tiny-222222", KEY)?;
+    let pid = stale.pid();
     eventually("it is listed as stale", SOON, async || {
         let listed = processes(cluster, 0).await?;
         let found = listed.iter().find(|p| p.pid == pid).with_context(|| format!("{listed:?}"))?;
@@ -198,35 +171,31 @@ async fn a_stale_one_is_ended_unasked(cluster: &Cluster) -> anyhow::Result<()> {
 
 /// With `drover processes stop --node a --pid P`, which also ends one that ignores SIGTERM.
 async fn a_pid_is_stopped_by_the_command(cluster: &Cluster) -> anyhow::Result<()> {
-    let mut foreign = Foreign::start(cluster, "second")?;
-    let pid = foreign.0.id();
+    let mut foreign = Foreign::start(cluster, "second", KEY)?;
+    let pid = foreign.pid();
     eventually("it is listed", SOON, async || {
-        ensure!(processes(cluster, 0).await?.iter().any(|p| p.pid == i64::from(pid)), "not yet");
+        ensure!(processes(cluster, 0).await?.iter().any(|p| p.pid == pid), "not yet");
         Ok(())
     })
     .await?;
     // A stopped process takes no SIGTERM: only SIGKILL ends it.
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(pid)?), nix::sys::signal::Signal::SIGSTOP)?;
-    let (code, out, err) = drover(cluster, &["processes", "list", "--node", "a"])?;
+    let (code, out, err) = cluster.drover(1, &["processes", "list", "--node", "a"])?;
     assert!(code == Some(0) && out.contains("FOREIGN") && out.contains("OWNED") && !out.contains(KEY), "{out}{err}");
-    let words = ["processes", "stop", "--node", "a", "--pid", &pid.to_string(), "--force", "-o", "json"];
-    let (code, out, err) = drover(cluster, &words)?;
+    let words = ["processes", "stop", "--node", "a", "--pid", &pid.to_string(), "--force"];
+    let (code, out, err) = cluster.drover(1, &words)?;
+    assert!(code == Some(1) && out.contains("WOULD END") && err.contains("--yes"), "{out}{err}");
+    assert!(foreign.lives()?, "nobody has confirmed it");
+    let (code, out, err) = cluster.drover(1, &[&words[..], &["--yes", "-o", "json"]].concat())?;
     assert_eq!(code, Some(0), "{out}{err}");
     let answer: serde_json::Value = serde_json::from_str(&out)?;
-    assert_eq!(answer["result"]["action"], "PROCESS_ACTION_ENDED", "{answer}");
+    assert_eq!(answer["results"][0]["action"], "PROCESS_ACTION_ENDED", "{answer}");
     assert_eq!(foreign.signal().await?, Some(9));
-    let (code, out, err) = drover(cluster, &["processes", "stop", "--node", "a", "--pid", &pid.to_string()])?;
+    let (code, out, err) = cluster.drover(1, &["processes", "stop", "--node", "a", "--pid", &pid.to_string()])?;
     assert!(code == Some(1) && err.contains("no llama-server with pid"), "{out}{err}");
-    let (code, _, err) = drover(cluster, &["processes", "cleanup", "--node", "a"])?;
+    let (code, _, err) = cluster.drover(1, &["processes", "cleanup", "--node", "a"])?;
     assert!(code == Some(0) && err.contains("nothing to clean up"), "{err}");
     Ok(())
-}
-
-fn drover(cluster: &Cluster, words: &[&str]) -> anyhow::Result<(Option<i32>, String, String)> {
-    let mut command = Command::new(program("drover"));
-    command.args(["--coordinators", &cluster.coordinators[1].grpc, "--join-secret-file"]);
-    let output = command.arg(cluster.folder().join("secret")).args(words).output()?;
-    Ok((output.status.code(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
 }
 
 /// Gives the instance in its place.
@@ -236,7 +205,8 @@ async fn an_instance_is_stopped_and_replaced(
     force: bool,
 ) -> anyhow::Result<Instance> {
     let reason = "it is slow".to_owned();
-    let request = StopProcessRequest { instance: instance.id.clone(), force, reason, ..Default::default() };
+    let request =
+        StopProcessRequest { instance: instance.id.clone(), force, replace: true, reason, ..Default::default() };
     let result = cluster.client(1).await?.stop_process(request).await?.into_inner().result.context("no result")?;
     let fine = if force { ProcessAction::Ended } else { ProcessAction::Draining };
     assert!(result.action() == fine || result.action() == ProcessAction::Draining, "{result:?}");

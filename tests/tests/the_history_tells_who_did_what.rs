@@ -152,7 +152,8 @@ async fn by_instance_and_by_node() -> anyhow::Result<()> {
     // By hand, and by scaling down: what is gone is told by its node.
     let second = &again[1];
     let reason = "it is slow".to_owned();
-    let request = StopProcessRequest { instance: second.id.clone(), reason, ..StopProcessRequest::default() };
+    let request =
+        StopProcessRequest { instance: second.id.clone(), reason, replace: true, ..StopProcessRequest::default() };
     cluster.client(0).await?.stop_process(request).await?;
     eventually("another is in its place", SOON, async || {
         ensure!(cluster.ready("tiny", 2).await?.iter().all(|i| i.id != second.id), "it is still there");

@@ -4,7 +4,9 @@
 
 pub mod cgroup;
 pub mod disk;
+pub mod gpus;
 pub mod machine;
 pub mod memory;
 pub mod processes;
 pub mod scan;
+pub mod tree;

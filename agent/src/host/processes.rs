@@ -96,6 +96,12 @@ impl Living {
         self.pid
     }
 
+    /// Its start time, in clock ticks since boot.
+    #[must_use]
+    pub fn start_ticks(&self) -> u64 {
+        self.start_ticks
+    }
+
     /// Waits until it has ended. Seen within milliseconds, also when it is not a child of ours.
     pub async fn ended(&self) {
         if let Err(error) = self.handle.readable().await.map(drop) {
@@ -138,7 +144,7 @@ impl Living {
         result
     }
 
-    fn signal(&self, signal: Signal) -> io::Result<()> {
+    pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
         match sys::pidfd_signal(self.handle.get_ref().as_fd(), signal) {
             // It has ended already, which is what was asked for.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),

@@ -50,6 +50,12 @@ impl Seen {
         value_of(&self.arguments, &["--model", "-m"])
     }
 
+    /// Name of its model for clients, as its command line says.
+    #[must_use]
+    pub fn alias(&self) -> Option<&str> {
+        value_of(&self.arguments, &["--alias", "-a"])
+    }
+
     /// What it listens on.
     #[must_use]
     pub fn host(&self) -> Option<&str> {

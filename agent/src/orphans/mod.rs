@@ -9,12 +9,16 @@ mod owner;
 
 use crate::{
     clock,
-    host::scan::{self, Seen},
+    host::{
+        gpus::{self, ByProcess, Gpus},
+        scan::{self, Seen},
+    },
     instance::{claim, registry::Registry},
 };
 use drover_proto::v1::{Capacity, HostProcess, ProcessOwner, Severity, Token};
 use drover_shim::record::{Directory, Record};
 use owner::{Kept, Own};
+use prost::Message as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -29,8 +33,11 @@ use tokio_util::sync::CancellationToken;
 const INTERVAL: Duration = Duration::from_secs(5);
 /// What is taken off the node's memory is rounded up to this, so that small changes are not told.
 const STEP_BYTES: i64 = 64 << 20;
-/// Most processes that are told.
+/// Most processes that are told, and most bytes that they may take: an answer has to fit into the store.
 const PROCESSES_MAX: usize = 256;
+const TOLD_BYTES_MAX: usize = 768 << 10;
+/// Most characters of a path or a name that is told.
+const TEXT_MAX: usize = 1024;
 
 /// A process with its owner.
 #[derive(Debug, Clone)]
@@ -44,6 +51,7 @@ pub(crate) struct Process {
 pub struct Orphans {
     registry: Arc<Registry>,
     capacity: watch::Receiver<Capacity>,
+    gpus: Gpus,
 }
 
 impl Orphans {
@@ -51,8 +59,8 @@ impl Orphans {
     /// what the node has to give when nothing else runs there.
     pub async fn start(registry: Arc<Registry>, whole: Capacity, stop: CancellationToken) -> Self {
         let told = watch::Sender::new(whole);
-        let orphans = Self { registry: registry.clone(), capacity: told.subscribe() };
-        let mut watcher = Watcher { registry, told, stale: BTreeSet::new() };
+        let orphans = Self { registry: registry.clone(), capacity: told.subscribe(), gpus: Gpus::default() };
+        let mut watcher = Watcher { registry, told, stale: BTreeSet::new(), left_out: 0 };
         watcher.look().await;
         tokio::spawn(stop.run_until_cancelled_owned(async move {
             loop {
@@ -69,7 +77,7 @@ impl Orphans {
         self.capacity.clone()
     }
 
-    /// The host's llama-servers now, by pid.
+    /// The host's llama-servers now, by pid: all of them.
     pub(crate) async fn processes(&self) -> io::Result<Vec<Process>> {
         processes(&self.registry).await
     }
@@ -77,6 +85,13 @@ impl Orphans {
     /// Has an instance's supervisor end it at once; false when it has none that hears.
     pub(crate) fn force(&self, instance: &str) -> bool {
         self.registry.force(instance)
+    }
+
+    /// What of them is told: those of this pid (0 for any), with their GPU memory, and how many are left out.
+    pub(crate) async fn told(&self, pid: i64) -> io::Result<(Vec<HostProcess>, usize)> {
+        let (all, held) = tokio::join!(self.processes(), self.gpus.by_process());
+        let wanted = all?.into_iter().filter(|process| pid == 0 || process.told.pid == pid);
+        Ok(cut(wanted.map(|process| with_gpu(process, held.as_ref())).collect()))
     }
 
     /// Boot that this is.
@@ -90,6 +105,8 @@ struct Watcher {
     told: watch::Sender<Capacity>,
     /// What was stale at the last look: pid and start time.
     stale: BTreeSet<(i32, u64)>,
+    /// How many processes a list would leave out, as the log said last.
+    left_out: usize,
 }
 
 impl Watcher {
@@ -102,6 +119,13 @@ impl Watcher {
                 return;
             }
         };
+        let left_out = all.len().saturating_sub(PROCESSES_MAX);
+        if left_out != std::mem::replace(&mut self.left_out, left_out) && left_out > 0 {
+            tracing::warn!(
+                "{} llama-servers run here; lists show {PROCESSES_MAX}, {left_out} more are not listed",
+                all.len()
+            );
+        }
         let taken = taken_bytes(&all);
         context.taken_bytes.store(taken, Ordering::Relaxed);
         let memory_bytes = context.memory_bytes();
@@ -124,6 +148,27 @@ impl Watcher {
     }
 }
 
+/// Those that fit into an answer, by pid, and how many do not. What no instance accounts for is what lists are for: it comes
+/// before what is owned.
+fn cut(mut all: Vec<HostProcess>) -> (Vec<HostProcess>, usize) {
+    let count = all.len();
+    all.sort_by_key(|process| (process.owner() == ProcessOwner::Owned, process.pid));
+    let mut bytes = 0_usize;
+    all.truncate(PROCESSES_MAX);
+    all.retain(|process| {
+        bytes += process.encoded_len();
+        bytes <= TOLD_BYTES_MAX
+    });
+    all.sort_by_key(|process| process.pid);
+    let left_out = count - all.len();
+    (all, left_out)
+}
+
+fn with_gpu(process: Process, held: Option<&ByProcess>) -> HostProcess {
+    let bytes = gpus::bytes_of(process.seen.pid, held);
+    HostProcess { gpu_memory_known: bytes.is_some(), gpu_memory_bytes: bytes.unwrap_or(0), ..process.told }
+}
+
 fn taken_bytes(all: &[Process]) -> i64 {
     let takes = all.iter().filter(|process| owner::takes(process.told.owner()));
     let bytes = takes.fold(0_i64, |sum, process| sum.saturating_add(process.told.rss_bytes));
@@ -132,7 +177,7 @@ fn taken_bytes(all: &[Process]) -> i64 {
 
 /// The processes first, the records after: what was started in between is not among the processes.
 async fn processes(registry: &Arc<Registry>) -> io::Result<Vec<Process>> {
-    let settings = registry.context().settings.clone();
+    let (settings, boot_id) = (registry.context().settings.clone(), registry.context().boot_id.clone());
     let server = settings.llama_server.clone();
     let seen = blocking(move || {
         let server = fs::canonicalize(&server).unwrap_or(server);
@@ -141,9 +186,9 @@ async fn processes(registry: &Arc<Registry>) -> io::Result<Vec<Process>> {
     let seen = seen.await?;
     let runs = registry.recorded_runs();
     let known: BTreeMap<String, Option<Token>> = runs.into_iter().map(|run| (run.instance, run.token)).collect();
-    let own = blocking(move || Ok(own(&settings, &known))).await?;
+    let own = blocking(move || Ok(own(&settings, boot_id, &known))).await?;
     let now = clock::boottime();
-    Ok(seen.into_iter().take(PROCESSES_MAX).map(|seen| tell(seen, &own, now)).collect())
+    Ok(seen.into_iter().map(|seen| tell(seen, &own, now)).collect())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
@@ -151,17 +196,17 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 }
 
 /// What this agent has: what it knows, and what lies on disk.
-fn own(settings: &crate::config::Settings, known: &BTreeMap<String, Option<Token>>) -> Own {
+fn own(settings: &crate::config::Settings, boot_id: String, known: &BTreeMap<String, Option<Token>>) -> Own {
     let entries = fs::read_dir(settings.instances_dir()).into_iter().flatten().flatten();
     let on_disk = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let names: BTreeSet<String> = on_disk.chain(known.keys().cloned()).collect();
-    let mut own = Own { runtime_dir: settings.runtime_dir.clone(), ..Own::default() };
+    let mut own = Own { runtime_dir: settings.runtime_dir.clone(), boot_id, ..Own::default() };
     for instance in names {
         let record: Option<Record> =
             drover_shim::record::read(&Directory::new(settings.instances_dir().join(&instance)).record()).ok();
         let kept = Kept {
-            process: record.as_ref().map(|r| (r.process.pid, r.process.start_ticks)),
             token: record.as_ref().map(|r| claim::token(r.token)),
+            process: record.map(|r| r.process),
             known: known.contains_key(&instance),
         };
         own.sockets.insert(settings.socket_of(&instance), instance.clone());
@@ -181,14 +226,21 @@ fn tell(seen: Seen, own: &Own, now: Duration) -> Process {
         instance: belongs.instance,
         token: belongs.token,
         command_line: seen.command_line(),
-        executable: seen.executable.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
-        model_path: seen.model_path().unwrap_or_default().to_owned(),
+        executable: seen.executable.as_ref().map(|path| shown(&path.display().to_string())).unwrap_or_default(),
+        model_path: shown(seen.model_path().unwrap_or_default()),
+        model_alias: shown(seen.alias().unwrap_or_default()),
         rss_bytes: seen.rss_bytes,
+        // Asked for where it is told.
         gpu_memory_bytes: 0,
+        gpu_memory_known: false,
         age_ms: age_ms(seen.start_ticks, now),
         message: belongs.message,
     };
     Process { seen, told }
+}
+
+fn shown(text: &str) -> String {
+    text.chars().take(TEXT_MAX).collect()
 }
 
 fn age_ms(start_ticks: u64, now: Duration) -> i64 {
@@ -222,5 +274,35 @@ mod tests {
         let both = [process(ProcessOwner::Foreign, STEP_BYTES), process(ProcessOwner::Stale, 1)];
         assert_eq!(taken_bytes(&both), 2 * STEP_BYTES);
         assert!(taken_bytes(&[process(ProcessOwner::Foreign, i64::MAX)]) > 0);
+    }
+
+    fn told(pid: i64, owner: ProcessOwner, text: usize) -> HostProcess {
+        HostProcess { pid, owner: owner.into(), command_line: "x".repeat(text), ..HostProcess::default() }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_counted_and_owned_ones_are_left_out_first() {
+        let owned = (1..=300).map(|pid| told(pid, ProcessOwner::Owned, 10));
+        let all: Vec<_> =
+            owned.chain([told(9000, ProcessOwner::Foreign, 10), told(8000, ProcessOwner::Stale, 10)]).collect();
+        let (listed, left_out) = cut(all);
+        assert_eq!((listed.len(), left_out), (PROCESSES_MAX, 46));
+        assert_eq!(listed.iter().map(|p| p.pid).rev().take(3).collect::<Vec<_>>(), [9000, 8000, 254]);
+        let (listed, left_out) = cut((1..=256).map(|pid| told(pid, ProcessOwner::Foreign, 4 * TEXT_MAX)).collect());
+        let bytes: usize = listed.iter().map(|p| p.encoded_len()).sum();
+        assert!(left_out > 0 && listed.len() + left_out == 256 && bytes <= TOLD_BYTES_MAX, "{left_out} {bytes}");
+        assert_eq!(cut(vec![]), (vec![], 0));
+    }
+
+    #[test]
+    fn gpu_memory_is_told_from_none_and_from_not_known() {
+        let held = ByProcess::from([(1, Some(5)), (2, None)]);
+        let of = |pid, held| {
+            let process = process(ProcessOwner::Foreign, 0);
+            let told = with_gpu(Process { seen: Seen { pid, ..process.seen }, told: process.told }, held);
+            (told.gpu_memory_known, told.gpu_memory_bytes)
+        };
+        assert_eq!([of(1, Some(&held)), of(2, Some(&held)), of(3, Some(&held))], [(true, 5), (false, 0), (true, 0)]);
+        assert_eq!(of(1, None), (false, 0));
     }
 }

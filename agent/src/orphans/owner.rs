@@ -2,6 +2,7 @@
 
 use crate::host::scan::Seen;
 use drover_proto::v1::{ProcessOwner, Token};
+use drover_shim::identity;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -10,8 +11,8 @@ use std::{
 /// What this agent has of an instance.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Kept {
-    /// Process and start time that its record names; `None` while there is no record, or none that can be read.
-    pub(super) process: Option<(i32, u64)>,
+    /// Process that its record names; `None` while there is no record, or none that can be read.
+    pub(super) process: Option<identity::Process>,
     /// Token of the record.
     pub(super) token: Option<Token>,
     /// Whether the agent knows the instance still.
@@ -27,6 +28,15 @@ pub(super) struct Own {
     pub(super) sockets: BTreeMap<PathBuf, String>,
     /// Where the sockets of this agent lie.
     pub(super) runtime_dir: PathBuf,
+    /// Boot that this is.
+    pub(super) boot_id: String,
+}
+
+impl Own {
+    /// Whether a record names this process: boot, pid and start time do, even if its executable was renamed meanwhile.
+    fn names(&self, process: &identity::Process, seen: &Seen) -> bool {
+        (process.pid, process.start_ticks) == (seen.pid, seen.start_ticks) && process.boot_id == self.boot_id
+    }
 }
 
 /// To whom a process belongs, and why.
@@ -46,7 +56,8 @@ pub(super) fn of(seen: &Seen, own: &Own) -> Belongs {
         token,
         message: message.to_owned(),
     };
-    let recorded = own.instances.iter().find(|(_, kept)| kept.process == Some((seen.pid, seen.start_ticks)));
+    let named = |kept: &Kept| kept.process.as_ref().is_some_and(|process| own.names(process, seen));
+    let recorded = own.instances.iter().find(|(_, kept)| named(kept));
     if let Some((instance, kept)) = recorded {
         if kept.known {
             return belongs(ProcessOwner::Owned, instance, kept.token, "");
@@ -65,8 +76,9 @@ pub(super) fn of(seen: &Seen, own: &Own) -> Belongs {
             None => {
                 belongs(ProcessOwner::Stale, "", None, "its socket is this agent's, but no instance has it any more")
             }
-            Some((id, Kept { process: Some((pid, _)), .. })) => {
-                belongs(ProcessOwner::Stale, id, None, &format!("the record of {id} names another process, pid {pid}"))
+            Some((id, Kept { process: Some(process), .. })) => {
+                let why = format!("the record of {id} names another process, pid {}", process.pid);
+                belongs(ProcessOwner::Stale, id, None, &why)
             }
             Some((id, _)) => belongs(ProcessOwner::Unknown, id, None, &format!("{id} has no record that can be read")),
         };
@@ -100,13 +112,21 @@ mod tests {
     }
 
     fn own() -> Own {
+        let process = |pid| identity::Process {
+            boot_id: "this".to_owned(),
+            pid,
+            start_ticks: 7,
+            executable: "/opt/llama-server".into(),
+            file: None,
+        };
         let kept = |process, known| Kept { process, token: None, known };
         Own {
             instances: BTreeMap::from([
-                ("m-a".to_owned(), kept(Some((10, 7)), true)),
-                ("m-b".to_owned(), kept(Some((20, 7)), false)),
+                ("m-a".to_owned(), kept(Some(process(10)), true)),
+                ("m-b".to_owned(), kept(Some(process(20)), false)),
                 ("m-c".to_owned(), kept(None, true)),
             ]),
+            boot_id: "this".to_owned(),
             sockets: ["m-a", "m-b", "m-c"].map(|id| (format!("/run/d/{id}.sock").into(), id.to_owned())).into(),
             runtime_dir: "/run/d".into(),
         }
@@ -120,6 +140,11 @@ mod tests {
         // The same pid, but started at another time.
         let reused = Seen { start_ticks: 8, ..seen(10, "127.0.0.1") };
         assert_eq!(of(&reused, &own()).owner, ProcessOwner::Foreign);
+        // The same pid and start time after another boot.
+        let rebooted = Own { boot_id: "the next".to_owned(), ..own() };
+        assert_eq!(of(&seen(20, "127.0.0.1"), &rebooted).owner, ProcessOwner::Foreign);
+        let hidden = Seen { executable: None, unreadable: Some("hidden".to_owned()), ..seen(10, "x") };
+        assert_eq!(of(&hidden, &own()).owner, ProcessOwner::Owned);
     }
 
     #[test]

@@ -115,7 +115,8 @@ Examples:
   drover processes cleanup --node a          what would be ended: a dry run
   drover processes cleanup --node a --yes
   drover processes stop tiny-x2k9vd
-  drover processes stop --node a --pid 4711 --force")]
+  drover processes stop --name tiny
+  drover processes stop --node a --all")]
     Processes(Processes),
     /// Send one prompt to a model through the gateway and print the answer as it comes
     #[command(after_help = "\
@@ -387,10 +388,25 @@ mod tests {
             "drover processes stop --pid 7",
             "drover processes stop tiny-x --node a --pid 7",
             "drover processes stop --node a --pid 0",
+            "drover processes stop --node a",
+            "drover processes stop --all",
+            "drover processes stop --node a --pid 7 --all",
+            "drover processes stop tiny-x --all",
+            "drover processes stop tiny-x --name tiny",
+            "drover processes stop --name tiny --node a --all",
+            "drover processes stop --name tiny --replace",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
-        assert!(parse("drover scale tiny 0").is_ok());
+        for line in [
+            "drover scale tiny 0",
+            "drover processes stop tiny-x --replace",
+            "drover processes stop --name tiny --force",
+            "drover processes stop --node a --all --yes",
+            "drover processes stop --node a --pid 7",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
     }
 
     #[test]

@@ -23,6 +23,10 @@ const WAITING_MAX: usize = 16;
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// How much longer than the caller waits the lease lives.
 const LEASE_MARGIN: Duration = Duration::from_secs(5);
+/// Pause before the store is asked again after an error.
+const RETRY: Duration = Duration::from_millis(200);
+/// Longest wait until the lease of a command is revoked; one that is not runs out.
+const REVOKE: Duration = Duration::from_secs(1);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -95,8 +99,10 @@ impl Commands {
         let silent = || Error::Silent { node: node.to_owned(), after: wait };
         let answered = tokio::time::timeout(wait, self.exchange(node, command, lease)).await;
         // What can't be revoked runs out.
-        if let Err(error) = self.store.revoke(lease).await {
-            tracing::debug!(%error, node, "the lease of a command is left to run out");
+        match tokio::time::timeout(REVOKE, self.store.revoke(lease)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, node, "the lease of a command is left to run out"),
+            Err(_) => tracing::debug!(node, "the lease of a command is left to run out"),
         }
         let answer = answered.map_err(|_| silent())??;
         if answer.error.is_empty() {
@@ -118,11 +124,29 @@ impl Commands {
         if !outcome.succeeded {
             return Err(Error::Away(node.to_owned()));
         }
-        let mut watch = self.store.watch(&keys::answer(node, &id), outcome.revision).await?;
+        loop {
+            match self.answer(&keys::answer(node, &id), outcome.revision).await {
+                // The node has been asked and may act: a store that is away for a moment does not change that.
+                Err(error @ (store::Error::Unavailable(_) | store::Error::Compacted(_))) => {
+                    tracing::debug!(%error, node, "the wait for an answer begins anew");
+                    tokio::time::sleep(RETRY).await;
+                }
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Waits for an answer that was written at this revision or later.
+    async fn answer(&self, key: &str, from: i64) -> Result<CommandAnswer, store::Error> {
+        let decode = |item: &store::KeyValue| Ok(records::decode::<record::Answer>(item)?.answer.unwrap_or_default());
+        let mut watch = self.store.watch(key, from).await?;
+        if let Some(item) = self.store.get(key).await? {
+            return decode(&item);
+        }
         loop {
             for change in watch.next().await?.changes {
                 if let Change::Put(item) = change {
-                    return Ok(records::decode::<record::Answer>(&item)?.answer.unwrap_or_default());
+                    return decode(&item);
                 }
             }
         }

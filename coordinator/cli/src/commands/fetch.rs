@@ -5,7 +5,7 @@ use drover_proto::{
     limits, text,
     v1::{
         Deployment, Event, GetDeploymentRequest, GetInstanceRequest, HostProcess, Instance, ListDeploymentsRequest,
-        ListInstancesRequest, ListNodesRequest, ListProcessesRequest, Node, NodeFailure, WatchEventsRequest,
+        ListInstancesRequest, ListNodesRequest, ListProcessesRequest, Node, NodeFailure, NotListed, WatchEventsRequest,
     },
 };
 
@@ -94,9 +94,20 @@ pub async fn nodes(client: &Client) -> Result<Vec<Node>, Failure> {
     }
 }
 
-/// The llama-server processes of a node, or of all when it is empty, by node and pid; and the nodes that did not answer.
-pub async fn processes(client: &Client, node: &str) -> Result<(Vec<HostProcess>, Vec<NodeFailure>), Failure> {
-    let (mut all, mut token) = (Vec::new(), String::new());
+/// What nodes say of their llama-server processes.
+#[derive(Debug)]
+pub struct Listed {
+    /// By node and pid.
+    pub processes: Vec<HostProcess>,
+    /// Nodes that did not answer.
+    pub unreachable: Vec<NodeFailure>,
+    /// Nodes that have more than is listed.
+    pub not_listed: Vec<NotListed>,
+}
+
+/// The llama-server processes of a node, or of all when it is empty.
+pub async fn processes(client: &Client, node: &str) -> Result<Listed, Failure> {
+    let (mut processes, mut token) = (Vec::new(), String::new());
     loop {
         let request =
             || ListProcessesRequest { node: node.to_owned(), page_size: PAGE_SIZE, page_token: token.clone() };
@@ -106,9 +117,9 @@ pub async fn processes(client: &Client, node: &str) -> Result<(Vec<HostProcess>,
                 async move { fleet.list_processes(r).await }
             })
             .await?;
-        all.extend(page.processes);
+        processes.extend(page.processes);
         if !further(&mut token, page.next_page_token)? {
-            return Ok((all, page.unreachable));
+            return Ok(Listed { processes, unreachable: page.unreachable, not_listed: page.not_listed });
         }
     }
 }

@@ -103,7 +103,7 @@ pub fn processes(list: &[HostProcess]) -> Vec<Row> {
                 owner(p.owner()),
                 plain(or_dash(&p.instance)),
                 plain(if p.rss_bytes > 0 { bytes(p.rss_bytes) } else { "-".to_owned() }),
-                plain(if p.gpu_memory_bytes > 0 { bytes(p.gpu_memory_bytes) } else { "-".to_owned() }),
+                plain(if p.gpu_memory_known { bytes(p.gpu_memory_bytes) } else { "-".to_owned() }),
                 plain(clock::age(p.age_ms / 1000)),
                 plain(or_dash(&p.model_path)),
                 plain(said),
@@ -283,6 +283,9 @@ mod tests {
         let rows = processes(std::slice::from_ref(&process));
         assert_eq!(text(&rows[0]), ["a", "7", "OTHER AGENT", "-", "1.0 MiB", "-", "1m05s", "-", "llama-server -m x"]);
         assert_eq!(rows[0].len(), PROCESSES.len());
+        let gpu = |gpu_memory_bytes| HostProcess { gpu_memory_known: true, gpu_memory_bytes, ..process.clone() };
+        let cells = processes(&[gpu(0), gpu(1 << 30)]);
+        assert_eq!((cells[0][5].0.as_str(), cells[1][5].0.as_str()), ("0 B", "1.0 GiB"), "known, unlike above");
         let result = ProcessResult {
             process: Some(process),
             action: ProcessAction::LeftAlone.into(),

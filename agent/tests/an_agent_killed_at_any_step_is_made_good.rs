@@ -1,5 +1,6 @@
-//! An agent dies at each numbered step of a start, a stop and an adoption (the table is in `drover_shim::failpoint`); the
-//! next one brings the instance to where it is wanted, without a second server and without one that no record names.
+//! An agent dies at each numbered step of a start, a stop and an adoption, of the restart of a crashed server, and of a
+//! raise of the token (the table is in `drover_shim::failpoint`); the next one brings the instance to where it is wanted,
+//! without a second server and without one that no record names.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 #![allow(missing_docs, reason = "a test")]
 
@@ -47,14 +48,35 @@ enum Action {
     Start,
     Stop,
     Adoption,
+    /// Its server is killed, and started again.
+    Restart,
+    /// Its session runs out, and it is claimed again under a higher token.
+    Raise,
+}
+
+impl Action {
+    fn steps(self) -> Vec<&'static str> {
+        let begin_with = |prefix: &'static str| drover_shim::failpoint::names().filter(move |n| n.starts_with(prefix));
+        match self {
+            Self::Start => begin_with("start.").collect(),
+            Self::Stop => begin_with("stop.").collect(),
+            Self::Adoption => begin_with("adopt.").collect(),
+            // The end is seen first; the claim stands already.
+            Self::Restart => ["stop.ended", "stop.settled"]
+                .into_iter()
+                .chain(begin_with("start.").filter(|step| !["start.claimed", "start.claim-written"].contains(step)))
+                .collect(),
+            Self::Raise => begin_with("raise.").collect(),
+        }
+    }
 }
 
 /// Restarts without long pauses: what is tested is where they lead.
 const CONFIG: &str = "[restarts]\nbackoff_first_ms = 50\nbackoff_max_ms = 400\nquick_ends_max = 50\n";
 
 /// All steps of an action, each with each fate.
-async fn all(action: Action, prefix: &str) {
-    let steps: Vec<&str> = drover_shim::failpoint::names().filter(|name| name.starts_with(prefix)).collect();
+async fn all(action: Action) {
+    let steps = action.steps();
     assert!(steps.len() >= 4, "{steps:?}");
     let gate = Arc::new(Semaphore::new(AT_ONCE));
     let mut cases = JoinSet::new();
@@ -75,23 +97,33 @@ async fn all(action: Action, prefix: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_start() {
-    all(Action::Start, "start.").await;
+    all(Action::Start).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_stop() {
-    all(Action::Stop, "stop.").await;
+    all(Action::Stop).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_an_adoption() {
-    all(Action::Adoption, "adopt.").await;
+    all(Action::Adoption).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_restart_after_a_crash() {
+    all(Action::Restart).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_raise_of_the_token() {
+    all(Action::Raise).await;
 }
 
 async fn case(action: Action, step: &'static str, then: Then) {
     let what = format!("{action:?} {step} {then:?}");
     let point = (step, if OF_THE_SHIM.contains(&step) { "pause" } else { "kill" });
-    let armed = (action != Action::Adoption).then_some(point);
+    let armed = matches!(action, Action::Start | Action::Stop).then_some(point);
     let mut node = Node::armed(CONFIG, armed).await;
     let watcher = Watcher::start(node.root.path(), &llama_server());
     let shim = match action {
@@ -109,6 +141,22 @@ async fn case(action: Action, step: &'static str, then: Then) {
             node.kill_agent();
             node.fail_point = Some(point);
             node.spawn_agent();
+            dies(&mut node).await
+        }
+        Action::Restart | Action::Raise => {
+            let before = node.run(ID).await;
+            // The fail-point is for the second start or claim alone.
+            node.kill_agent();
+            node.fail_point = Some(point);
+            let reports = node.coordinator.state().reports.len();
+            node.start_agent().await;
+            let told = || (node.coordinator.state().reports.len() > reports).then_some(());
+            wait_for(&format!("{what}: the second agent's report"), told).await;
+            if action == Action::Restart {
+                signal(before.pid, Signal::SIGKILL);
+            } else {
+                node.coordinator.expire();
+            }
             dies(&mut node).await
         }
     };
@@ -149,8 +197,6 @@ async fn dies(node: &mut Node) -> Option<i32> {
 fn fate(node: &Node, action: Action, then: Then) {
     let claimed = node.coordinator.state().owned.contains_key(ID);
     match (action, then) {
-        (Action::Start | Action::Adoption, Then::Wanted) => {}
-        (Action::Start | Action::Adoption, Then::Expired) => node.coordinator.expire(),
         (Action::Stop, Then::Expired) => {
             node.coordinator.expire();
             let mut state = node.coordinator.state();
@@ -161,8 +207,9 @@ fn fate(node: &Node, action: Action, then: Then) {
         (Action::Stop, Then::Wanted) if claimed => {
             node.coordinator.change(|state| state.owned.get_mut(ID).unwrap().wanted = true);
         }
+        (_, Then::Expired) => node.coordinator.expire(),
         (_, Then::Unwanted) if claimed => node.coordinator.stop(ID),
-        _ => {}
+        (_, Then::Wanted | Then::Unwanted) => {}
     }
 }
 

@@ -1,4 +1,5 @@
-//! Named steps of a start, a stop and an adoption at which a test lets the agent or the shim die. Debug builds only.
+//! Named steps of a start, a stop, an adoption and a raise of the token at which a test lets the agent or the shim die.
+//! Debug builds only.
 //!
 //! `DROVER_FAIL_POINT=<step>[:kill|:exit|:pause[:<file>]]`: the process that reaches the step sends itself SIGKILL (the
 //! default), exits with code 1, or stops itself by SIGSTOP until it is continued. With a file it does so once: it creates
@@ -35,6 +36,10 @@
 //! | adoption 3 | `adopt.verified` | agent | the identity was compared |
 //! | adoption 4 | `adopt.adopted` | agent | the run is supervised |
 //! | adoption 5 | `adopt.routed` | agent | the proxy has the set of routes |
+//! | raise 1 | `raise.spec-written` | agent | the file `spec` has the higher token, record and claim the lower one |
+//! | raise 2 | `raise.record-written` | agent | the record has it too |
+//! | raise 3 | `raise.claim-written` | agent | it is on disk everywhere |
+//! | raise 4 | `raise.routed` | agent | the proxy has the route with the higher token; nobody was told |
 
 /// Name of the environment variable.
 pub const VARIABLE: &str = "DROVER_FAIL_POINT";
@@ -73,11 +78,15 @@ pub enum Step {
     AdoptVerified,
     AdoptAdopted,
     AdoptRouted,
+    RaiseSpecWritten,
+    RaiseRecordWritten,
+    RaiseClaimWritten,
+    RaiseRouted,
 }
 
 /// All steps in their order, with their names.
 #[cfg(debug_assertions)]
-const NAMES: [(Step, &str); 27] = [
+const NAMES: [(Step, &str); 31] = [
     (Step::StartClaimed, "start.claimed"),
     (Step::StartClaimWritten, "start.claim-written"),
     (Step::StartSpecWritten, "start.spec-written"),
@@ -105,6 +114,10 @@ const NAMES: [(Step, &str); 27] = [
     (Step::AdoptVerified, "adopt.verified"),
     (Step::AdoptAdopted, "adopt.adopted"),
     (Step::AdoptRouted, "adopt.routed"),
+    (Step::RaiseSpecWritten, "raise.spec-written"),
+    (Step::RaiseRecordWritten, "raise.record-written"),
+    (Step::RaiseClaimWritten, "raise.claim-written"),
+    (Step::RaiseRouted, "raise.routed"),
 ];
 
 /// Names of all steps, in their order: what a test must go through.

@@ -4,7 +4,7 @@
 //! identity matches its record.
 
 use super::{
-    claim::Claim,
+    claim::{self, Claim},
     context::Context,
     health,
     run::{self, Run},
@@ -22,7 +22,7 @@ use drover_shim::{
     durable,
     failpoint::{self, Step},
     identity,
-    record::{self, Directory, Record},
+    record::{self, Directory, Record, Spec},
     start,
 };
 use std::{
@@ -31,7 +31,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, task::block_in_place};
 
 /// Most files that are kept of those that were found damaged.
 pub const SET_ASIDE_MAX: usize = 100;
@@ -148,7 +148,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
         Some(record)
     });
     failpoint::at(Step::AdoptRead);
-    let claim = traces.claim(record.as_ref());
+    let mut claim = traces.claim(record.as_ref());
     let left = match (unread, record) {
         (Some(why), record) => {
             let specified = traces.spec.ok().map(|spec| spec.arguments);
@@ -163,6 +163,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
         (None, Some(record)) => match processes::find(&record) {
             Found::Living(living) => {
                 failpoint::at(Step::AdoptVerified);
+                let record = finish_raise(&directory, traces.spec.as_ref().ok(), &mut claim, record);
                 let ready = serves(&instance, &record.socket, &record.arguments).await;
                 Left::Living { run: Run { living: Arc::new(living), record }, ready }
             }
@@ -178,6 +179,27 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
         },
     };
     (claim, directory, left)
+}
+
+/// Finishes a raise of the token that an agent's end has cut off between two files, before anything is reported of the run:
+/// its end is to bear the token too that it is known by. Where that fails, the run is known by the token of its record, so
+/// that its claim raises it.
+fn finish_raise(directory: &Directory, spec: Option<&Spec>, claim: &mut Claim, record: Record) -> Record {
+    let token = claim::stored_token(claim.token);
+    if record.token == token && spec.is_none_or(|spec| spec.token == token) {
+        return record;
+    }
+    match block_in_place(|| run::raise(directory, claim)) {
+        Ok(()) => {
+            tracing::info!(instance = claim.instance, %token, "a raise of the token that was cut off is finished");
+            Record { token, ..record }
+        }
+        Err(error) => {
+            tracing::error!(instance = claim.instance, %error, "a raise of the token to {token} can't be finished");
+            claim.token = claim::token(record.token);
+            record
+        }
+    }
 }
 
 /// Whether a server answers at a socket, for the model that it was started with.

@@ -272,6 +272,7 @@ pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> 
         Ok(mut spec) if spec.token < token => {
             spec.token = token;
             durable::write(&directory.spec(), &spec)?;
+            failpoint::at(Step::RaiseSpecWritten);
         }
         Ok(_) | Err(durable::Error::Missing(_)) => {}
         Err(error) => return Err(error),
@@ -280,6 +281,7 @@ pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> 
         Ok(mut record) if record.token < token => {
             record.token = token;
             durable::write(&directory.record(), &record)?;
+            failpoint::at(Step::RaiseRecordWritten);
         }
         Ok(_) | Err(durable::Error::Missing(_)) => {}
         Err(error) => return Err(error),

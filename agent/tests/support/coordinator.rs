@@ -69,6 +69,8 @@ pub struct State {
     session_revision: i64,
     revision: i64,
     specs: BTreeMap<String, DeploymentSpec>,
+    /// Revision of the last claim made of each instance.
+    taken: BTreeMap<String, i64>,
     stream: Option<mpsc::Sender<Result<SessionResponse, Status>>>,
 }
 
@@ -107,6 +109,7 @@ impl Coordinator {
             session_revision: 0,
             revision: 100,
             specs: BTreeMap::new(),
+            taken: BTreeMap::new(),
             stream: None,
         })));
         let server = NodeServiceServer::with_interceptor(service.clone(), Admit::new(Security::default()));
@@ -265,8 +268,14 @@ impl State {
         if self.owned.contains_key(&request.instance) {
             return refuse(reason::ALREADY_CLAIMED);
         }
+        // An offer serves once; a claim that is made again names none.
+        let taken = self.taken.get(&request.instance).copied().unwrap_or(0);
+        if request.offer_revision != 0 && request.offer_revision < taken {
+            return refuse(reason::OFFER_GONE);
+        }
         self.revision += 1;
         self.session_revision = self.revision;
+        self.taken.insert(request.instance.clone(), self.revision);
         let token = Token { generation: self.generation, revision: self.revision };
         let spec = self.specs.get(&request.instance).cloned();
         let claim = OwnedClaim {

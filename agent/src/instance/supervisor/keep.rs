@@ -69,6 +69,7 @@ impl Supervisor {
             let raised = token <= self.claim.token || self.raise(token);
             if raised {
                 self.context.routes.set(self.route()).await;
+                failpoint::at(Step::RaiseRouted);
             }
             self.publish();
             let _ = answer.send(raised);
@@ -79,6 +80,7 @@ impl Supervisor {
         let claim = Claim { token, ..self.claim.clone() };
         match block_in_place(|| run::raise(&self.directory, &claim)) {
             Ok(()) => {
+                failpoint::at(Step::RaiseClaimWritten);
                 if let Some((_, record)) = &mut self.run {
                     record.token = claim::stored_token(token);
                 }

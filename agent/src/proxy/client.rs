@@ -24,6 +24,8 @@ use tokio::{
 const START_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a socket is tried while its proxy starts.
 const START_POLL: Duration = Duration::from_millis(10);
+/// Pause before a proxy is looked for that fails again and again; the first time, and after one that has lived for longer
+/// than the longest pause, there is none.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
@@ -218,7 +220,7 @@ struct Supervisor {
 impl Supervisor {
     async fn run(mut self) {
         let mut child: Option<Child> = None;
-        let mut delay = RETRY_MIN;
+        let mut delay = Duration::ZERO;
         loop {
             let began = Instant::now();
             let problem = match Peer::connect(&self.settings.control_socket()).await {
@@ -270,8 +272,11 @@ impl Supervisor {
                 }
             });
             reap(child.take());
-            delay = if began.elapsed() > RETRY_MAX { RETRY_MIN } else { (delay * 2).min(RETRY_MAX) };
+            if began.elapsed() > RETRY_MAX {
+                delay = Duration::ZERO;
+            }
             sleep(delay).await;
+            delay = (delay * 2).clamp(RETRY_MIN, RETRY_MAX);
         }
     }
 
@@ -352,6 +357,8 @@ impl Supervisor {
                     }
                     None => {
                         tracing::warn!(pid, "the proxy has ended: another is started");
+                        // What it held is free when it is gone, which takes a moment; one that drains keeps none of it.
+                        let _ = timeout(RETRY_MIN, peer.gone()).await;
                         return Ok(Over::Lost);
                     }
                 },

@@ -99,8 +99,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Reads on meanwhile, so that the proxy never waits for us.
-    async fn gone(&mut self) {
+    /// Waits until the process is gone. Reads on meanwhile, so that the proxy never waits for us.
+    pub(super) async fn gone(&mut self) {
         let reading = async { while let Ok(Some(_)) = self.reader.next::<FromProxy>().await {} };
         tokio::select! {
             _ = self.process.readable() => {}

@@ -58,22 +58,45 @@ async fn the_next_agent_gives_its_routes_only_when_it_has_them_all() {
 }
 
 #[tokio::test]
-async fn a_proxy_that_dies_is_back_within_a_second_on_the_same_port_with_the_same_routes() {
+async fn a_proxy_that_dies_is_back_on_the_same_port_with_the_same_routes() {
     let host = Host::start().await;
     let upstream = Upstream::listen(host.folder.path());
     host.route(&[route("a-222222", &upstream.socket, host.folder.path())]).await;
-    let (pid, address) = (host.proxy().pid(), host.address());
-    let killed = Instant::now();
-    kill(pid, Signal::SIGKILL);
-    until("another one is there", || host.proxy().pid() != pid).await;
-    assert!(host.proxy().wait_applied(PATIENCE).await);
-    let took = killed.elapsed();
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    let address = host.address();
+    die(&host).await;
     assert_eq!(host.address(), address);
     let calling = tokio::spawn(call(get(&host.url("/i/a-222222/v1/x"))));
     upstream.request().await.answer("again").await;
     assert_eq!(text(calling.await.unwrap()).await, "again");
     host.end().await;
+}
+
+/// Kills the proxy; returns when another one has the routes.
+async fn die(host: &Host) {
+    let pid = host.proxy().pid();
+    kill(pid, Signal::SIGKILL);
+    until("another one is there", || host.proxy().pid() != pid).await;
+    assert!(host.proxy().wait_applied(PATIENCE).await);
+}
+
+/// Nothing waits on the way: the death is seen when it happens, so that it is made good in the time of a start. The pairs
+/// share what else the machine does; one of them that was left in peace is enough.
+#[tokio::test]
+async fn the_death_of_a_proxy_is_made_good_in_little_more_than_the_time_of_a_start() {
+    const PAIRS: usize = 5;
+    let mut ratios = Vec::new();
+    for _ in 0..PAIRS {
+        let began = Instant::now();
+        let host = Host::start().await;
+        host.route(&[]).await;
+        let start = began.elapsed();
+        let killed = Instant::now();
+        die(&host).await;
+        ratios.push(killed.elapsed().as_secs_f64() / start.as_secs_f64());
+        host.end().await;
+    }
+    let best = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(best < 2.0, "a death took {ratios:.2?} times as long as a start");
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@
 //! | GPU in trouble | 134, signal 6 | `CUDA error: …` | passing |
 //! | `std::bad_alloc` | 134, signal 6 | `terminate called after throwing …` | passing |
 //! | socket taken or its folder away | 1 | `couldn't bind HTTP server socket`, `exiting due to HTTP server error` | passing |
-//! | reading failed | 1 | `Input/output error`, `Stale file handle`, … and then as for a bad model | passing |
+//! | reading failed, as from a network's file system that is away | 1 | `Input/output error`, `Stale file handle`, `Transport endpoint is not connected`, … and then as for a bad model | passing |
 //! | a library is missing | 127 | `error while loading shared libraries` | passing: it may be about to be installed |
 //! | killed (the kernel for want of memory, an operator) | signal 9, 15 | nothing | passing |
 //! | exits with 1 and does not say why | 1 | anything else | passing |
@@ -34,7 +34,7 @@ pub enum Cause {
 }
 
 /// Lack of something that others may give back. In small letters, as the log is compared.
-const PASSING: [&str; 14] = [
+const PASSING: [&str; 16] = [
     "out of memory",
     "outofdevicememory",
     "outofhostmemory",
@@ -48,6 +48,8 @@ const PASSING: [&str; 14] = [
     "too many open files",
     "input/output error",
     "stale file handle",
+    "transport endpoint is not connected",
+    "connection timed out",
     "no space left on device",
 ];
 
@@ -77,7 +79,7 @@ mod tests {
     use super::*;
 
     /// As llama-server of build 11669 has printed them, but for the paths.
-    const SEEN: [(&str, Cause); 14] = [
+    const SEEN: [(&str, Cause); 15] = [
         (
             "E llama_model_load: error loading model: tensor 'blk.0.ffn_down.weight' data is not within the file bounds, model is corrupted or incomplete\n\
              E llama_model_load_from_file_impl: failed to load model\nE srv  llama_server: exiting due to model loading error",
@@ -123,6 +125,11 @@ mod tests {
         ),
         (
             "E llama_model_load: error loading model: read error: Input/output error\n\
+             E srv  llama_server: exiting due to model loading error",
+            Cause::Passing,
+        ),
+        (
+            "E gguf_init_from_file: failed to open GGUF file 'm.gguf' (Transport endpoint is not connected)\n\
              E srv  llama_server: exiting due to model loading error",
             Cause::Passing,
         ),

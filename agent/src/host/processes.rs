@@ -160,6 +160,12 @@ fn read_bytes(pid: i32) -> Option<(u64, u64)> {
     Some((field("rchar:")?, field("read_bytes:")?))
 }
 
+/// Whether a session is that of the leader which began then: its id stays taken for as long as it has a member, so that
+/// another process of this id leads another session.
+pub(super) fn leads(session: i32, leader_start: u64) -> bool {
+    identity::stat(session).map_or(true, |leader| leader.start_ticks == leader_start)
+}
+
 /// Handles of the processes of a session but its leader. A session's members are no older than its leader.
 fn session_members(session: i32, leader_start: u64) -> io::Result<Vec<OwnedFd>> {
     let mut members = Vec::new();
@@ -173,10 +179,37 @@ fn session_members(session: i32, leader_start: u64) -> io::Result<Vec<OwnedFd>> 
         }
         if let Ok(handle) = sys::pidfd_open(pid) {
             // Again after the handle is open: only now is it known whom it names.
-            if belongs() {
+            if belongs() && leads(session, leader_start) {
                 members.push(handle);
             }
         }
     }
     Ok(members)
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "starts programs to look at")]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn the_session_of_another_leader_with_the_same_pid_is_not_ours() {
+        use io::BufRead as _;
+        let mut command = Command::new("setsid");
+        let script = "sleep 600 & echo started; wait";
+        let mut leader = command.args(["sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        io::BufReader::new(leader.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+        let pid = i32::try_from(leader.id()).unwrap();
+        let start = identity::stat(pid).unwrap().start_ticks;
+        let members = session_members(pid, start).unwrap();
+        // The one that was recorded began earlier, and its pid was used again.
+        let of_another = session_members(pid, start - 1).unwrap();
+        leader.kill().unwrap();
+        leader.wait().unwrap();
+        for member in &members {
+            sys::pidfd_signal(member.as_fd(), Signal::SIGKILL).unwrap();
+        }
+        assert_eq!((members.len(), of_another.len()), (1, 0));
+    }
 }

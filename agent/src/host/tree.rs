@@ -4,7 +4,7 @@
 //! opened first and verified then, as in [`super::processes`]. Must never: touch a process of a session that the root does
 //! not lead; that is its starter's shell.
 
-use super::processes::Living;
+use super::processes::{Living, leads};
 use drover_shim::{
     identity::{self, Stat},
     sys,
@@ -122,7 +122,7 @@ impl Tree {
         let handle = sys::pidfd_open(pid).ok()?;
         let seen = all.get(&pid)?;
         let now = identity::stat(pid).ok()?;
-        let session = now.session == self.root.0;
+        let session = now.session == self.root.0 && leads(self.root.0, self.root.1);
         let parent_start = if now.parent == self.root.0 {
             Some(self.root.1)
         } else {

@@ -89,6 +89,18 @@ async fn it_serves_and_is_taken_back_when_it_is_shown_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn it_is_claimed_again_by_an_agent_that_comes_after_its_session_has_run_out() {
+    let mut node = Node::start().await;
+    let (ready, pids) = left(&mut node).await;
+    node.coordinator.expire();
+    start_blind(&mut node, &pids).await;
+    let claimed = node.report("the next claim", ID, |r| r.token > ready.token).await;
+    assert_eq!((claimed.state(), claimed.pid), (InstanceState::Ready, ready.pid));
+    assert_eq!(node.record(ID).token.revision, claimed.token.unwrap().revision, "on disk first");
+    assert_eq!(support::ask(&node, ID).await, 200, "its route is gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn it_is_not_signalled_before_it_is_shown_again() {
     let mut node = Node::start().await;
     let (ready, pids) = left(&mut node).await;

@@ -138,6 +138,29 @@ async fn full_while_a_server_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn full_at_the_start_after_a_server_has_ended() {
+    if !with_own_mounts("full_at_the_start_after_a_server_has_ended") {
+        return;
+    }
+    let (mut node, ready) = on_a_small_disk().await;
+    signal(ready.pid, Signal::SIGKILL);
+    let second = node.report("the second server", ID, |r| r.state() == InstanceState::Ready && r.restarts == 1).await;
+    node.kill_agent();
+    signal(second.pid, Signal::SIGKILL);
+    let state = node.path("state");
+    wait_for("its end on disk", || node.directory(ID).exit().exists().then_some(())).await;
+    fill(&state);
+    node.start_agent().await;
+    node.report("why it is not started", ID, |r| r.message.contains("its directory can't be prepared")).await;
+    fs::remove_file(state.join("ballast")).unwrap();
+    let third = node.report("the third server", ID, |r| {
+        r.state() == InstanceState::Ready && ![ready.pid, second.pid].contains(&r.pid)
+    });
+    assert_eq!(third.await.restarts, 2, "what was learnt before is forgotten");
+    end(node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn full_log_lines_are_dropped_and_counted() {
     if !with_own_mounts("full_log_lines_are_dropped_and_counted") {
         return;

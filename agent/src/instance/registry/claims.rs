@@ -110,24 +110,35 @@ impl Registry {
                 Kind::Supervised(handle)
             }
             Some(Known { kind: Kind::Unknown(stored, unsure), token: old }) => {
-                if token > old
-                    && let Err(error) = run::raise(&self.directory(&instance), &claim)
-                {
-                    tracing::warn!(instance, %error, "the token could not be raised to {token} on disk");
-                }
+                let raised = if token > old {
+                    block_in_place(|| run::raise(&self.directory(&instance), &claim))
+                } else {
+                    Ok(())
+                };
                 let claim = Claim { restarts: stored.restarts, since: stored.since, ..claim };
                 self.keep_unsure(&claim, wanted, &unsure).await;
-                Kind::Unknown(stored, unsure)
+                let kind = Kind::Unknown(stored, unsure);
+                if let Err(error) = raised {
+                    // It serves on all the same; not durable: it stays under the old token, and this is tried again.
+                    tracing::warn!(instance, %error, "the token could not be raised to {token} on disk");
+                    inner.instances.insert(instance, Known { token: old, kind });
+                    return;
+                }
+                kind
             }
             Some(Known { kind: Kind::Dormant(stored, ended), .. }) if wanted => {
                 let claim =
                     Claim { restarts: stored.restarts, failed: stored.failed.clone(), since: stored.since, ..claim };
-                let begin = match (&claim.failed, ended) {
+                let begin = match (&claim.failed, ended.clone()) {
                     (Some(message), _) => Begin::Failed(message.clone()),
                     (None, Some(ended)) => Begin::Ended(ended),
                     (None, None) => Begin::Claimed(trace::start(&instance, &claim.spec.name, traceparent)),
                 };
-                self.begin(inner, claim, begin)
+                match self.begin(inner, claim, begin) {
+                    // What an earlier agent has learnt counts with the next attempt too.
+                    Kind::Nothing => Kind::Dormant(stored, ended),
+                    kind => kind,
+                }
             }
             Some(Known { kind: Kind::Dormant(stored, _), .. }) => {
                 if self.remove(&instance) {
@@ -154,6 +165,8 @@ impl Registry {
     async fn disown(&self, inner: &mut Inner, instance: &str, order: Option<&EndRun>) -> Option<Unowned> {
         let known = inner.instances.get(instance)?;
         let token = known.token;
+        // An agent that has found it so has nothing of it on the board before it is claimed.
+        let stored = if let Kind::Unknown(claim, _) = &known.kind { Some(claim.memory_bytes) } else { None };
         let gone = match &known.kind {
             Kind::Nothing => {
                 self.context.board.remove(instance);
@@ -186,10 +199,11 @@ impl Registry {
             inner.instances.remove(instance);
             return None;
         }
-        let entry = self.context.board.get(instance)?;
-        let ending = matches!(entry.state, InstanceState::Draining | InstanceState::Stopped);
-        let run = Unowned { instance: instance.to_owned(), token, memory_bytes: entry.memory_bytes };
-        (!ending).then_some(run)
+        let entry = self.context.board.get(instance);
+        let ending =
+            entry.as_ref().is_some_and(|e| matches!(e.state, InstanceState::Draining | InstanceState::Stopped));
+        let memory_bytes = entry.map(|entry| entry.memory_bytes).or(stored)?;
+        (!ending).then(|| Unowned { instance: instance.to_owned(), token, memory_bytes })
     }
 
     /// Tells, once, that a run ends which this node does not own.

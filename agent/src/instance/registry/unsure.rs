@@ -52,8 +52,10 @@ impl Registry {
     pub(super) async fn look_again(&self, inner: &mut Inner) {
         let unknown = inner.instances.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(..)));
         let unknown: Vec<String> = unknown.map(|(instance, _)| instance.clone()).collect();
-        for instance in unknown {
-            let (claim, directory, left) = adopt::look(self.context.clone(), instance.clone()).await;
+        // Each waits for an answer of a server: all at the same time, as others wait for this.
+        let looks = unknown.iter().map(|instance| adopt::look(self.context.clone(), instance.clone()));
+        let found = futures::future::join_all(looks).await;
+        for (instance, (claim, directory, left)) in unknown.into_iter().zip(found) {
             let token = claim.token;
             let kind = match left {
                 Left::Unknown(unsure) => {

@@ -43,12 +43,15 @@ pub(super) async fn watch(
         recorded.extend(listing.items.iter().filter_map(decode));
         from.push((prefix.clone(), listing.revision + 1));
     }
-    recorded.retain(|event| event.revision > request.after_revision);
-    recorded.sort_by_key(|event| event.revision);
+    recorded.retain(|(event, _)| event.revision > request.after_revision);
+    // Events that were written together have one revision, and times are in milliseconds.
+    recorded.sort_by_key(|(event, sequence)| {
+        (event.revision, event.time.map(|time| (time.seconds, time.nanos)), *sequence)
+    });
     let (send, stream) = mpsc::channel(OUTBOUND);
     tokio::spawn(async move {
         let mut told = Told::default();
-        for event in recorded.into_iter().filter(|event| place.shows(event)) {
+        for event in recorded.into_iter().map(|(event, _)| event).filter(|event| place.shows(event)) {
             if told.is_new(&event) && send.send(answer(event)).await.is_err() {
                 return;
             }
@@ -85,7 +88,7 @@ async fn follow(store: &Store, from: Vec<(String, i64)>, place: &Place, told: &m
         };
         for change in changes.changes {
             let Change::Put(item) = change else { continue };
-            let Some(event) = decode(&item).filter(|event| place.shows(event)) else { continue };
+            let Some((event, _)) = decode(&item).filter(|(event, _)| place.shows(event)) else { continue };
             if told.is_new(&event) {
                 // Who has gone is seen by whoever runs this.
                 let _ = send.send(answer(event)).await;
@@ -116,10 +119,11 @@ fn answer(event: Event) -> Result<WatchEventsResponse, Status> {
     Ok(WatchEventsResponse { event: Some(event) })
 }
 
-fn decode(item: &KeyValue) -> Option<Event> {
-    let mut event = record::Event::decode(item.value.as_slice()).ok()?.event?;
-    event.revision = item.mod_revision;
-    Some(restored(event))
+/// An event and its number within its ring.
+fn decode(item: &KeyValue) -> Option<(Event, u64)> {
+    let record::Event { event, sequence } = record::Event::decode(item.value.as_slice()).ok()?;
+    let event = Event { revision: item.mod_revision, ..event? };
+    Some((restored(event), sequence))
 }
 
 /// Where the events of an object lie.
@@ -173,6 +177,25 @@ fn invalid(object: &str) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{control::events::Events, store::memory::Memory};
+    use drover_proto::v1::Severity;
+    use std::sync::Arc;
+
+    #[tokio::test]
+    async fn events_that_were_written_together_are_told_in_their_order() {
+        let store: Store = Arc::new(Memory::start(1));
+        let (events, written) = Events::start(store.clone(), "coordinator/test".to_owned());
+        // More than a ring holds: the last ones lie before the first ones.
+        for n in 0..70 {
+            events.record("fleet".to_owned(), "Told", Severity::Info, n.to_string());
+        }
+        drop(events);
+        written.await.unwrap();
+        let stream = watch(store, WatchEventsRequest::default()).await.unwrap();
+        let told: Vec<u32> =
+            stream.map(|answer| answer.unwrap().event.unwrap().message.parse::<u32>().unwrap()).collect().await;
+        assert_eq!(told, (6..70).collect::<Vec<_>>());
+    }
 
     #[test]
     fn an_object_chooses_its_ring_a_kind_all_of_its_rings() {

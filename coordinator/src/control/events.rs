@@ -12,8 +12,11 @@ use drover_proto::{
     v1::{Event, Severity},
 };
 use prost::Message as _;
-use std::collections::{BTreeSet, HashMap};
-use tokio::sync::mpsc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
+use tokio::{sync::mpsc, time::Instant};
 
 /// Object of events that are about no single thing, or about one that is gone.
 pub const FLEET: &str = "fleet";
@@ -23,6 +26,11 @@ const HISTORY: &str = "history/";
 const QUEUE: usize = 2048;
 /// Objects whose ring position is remembered; beyond that all are forgotten and looked up again.
 const REMEMBERED: usize = 4096;
+/// How often the positions of rings are forgotten that nothing was written to since the last time: most are of objects that
+/// are gone, and one that is not is read again.
+const FORGET: Duration = Duration::from_secs(60);
+/// Most characters of a message: what is written together fits the store with room to spare.
+const MESSAGE_MAX: usize = 4000;
 const ATTEMPTS: usize = 3;
 /// Events that are written by one transaction: each takes up to two of its 128 comparisons. Fewer than a ring holds, so that
 /// none is overwritten by another of them.
@@ -58,7 +66,7 @@ impl Events {
     pub fn start(store: Store, source: String) -> (Self, tokio::task::JoinHandle<()>) {
         let (queue, mut events) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
-            let mut rings = Rings { store, next: HashMap::new() };
+            let mut rings = Rings::new(store);
             let mut waiting = Vec::new();
             while events.recv_many(&mut waiting, TOGETHER).await > 0 {
                 rings.write_all(std::mem::take(&mut waiting)).await;
@@ -111,6 +119,10 @@ impl Events {
 
     fn event(source: String, object: String, reason: &str, severity: Severity, message: String) -> Event {
         let traceparent = drover_telemetry::context::current_traceparent();
+        let message = match message.char_indices().nth(MESSAGE_MAX) {
+            Some((end, _)) => message[..end].to_owned(),
+            None => message,
+        };
         tracing::info!(object, reason, message, "event");
         Event {
             time: Some(clock::now()),
@@ -135,23 +147,40 @@ struct Rings {
     store: Store,
     /// Next sequence and the revisions of the slots, by object.
     next: HashMap<String, Ring>,
+    /// When those that are not used were forgotten last.
+    swept: Instant,
 }
 
 #[derive(Debug, Default)]
 struct Ring {
     next: u64,
     slots: HashMap<u64, i64>,
+    /// Whether it was written to since the last sweep.
+    used: bool,
 }
 
 impl Rings {
+    fn new(store: Store) -> Self {
+        Self { store, next: HashMap::new(), swept: Instant::now() }
+    }
+
+    /// Forgets the rings that nothing was written to since the last time.
+    fn sweep(&mut self) {
+        if self.swept.elapsed() >= FORGET {
+            self.swept = Instant::now();
+            self.next.retain(|_, ring| std::mem::take(&mut ring.used));
+        }
+    }
+
     /// Writes events in their order: all at once, or, where that fails, each for itself.
     async fn write_all(&mut self, events: Vec<Event>) {
+        self.sweep();
         match self.write_together(&events).await {
             Ok(true) => return,
-            Ok(false) | Err(Error::OutcomeUnknown(_)) => {}
-            Err(error) => {
+            Err(error @ (Error::Unavailable(_) | Error::NoSpace(_))) => {
                 return tracing::warn!(%error, events = events.len(), "events were not recorded");
             }
+            Ok(false) | Err(_) => {}
         }
         for event in &events {
             self.next.remove(&event.object);
@@ -270,7 +299,7 @@ impl Ring {
         for sequence in self.next..next {
             self.slots.insert(sequence % limits::EVENTS_PER_OBJECT, revision);
         }
-        self.next = next;
+        (self.next, self.used) = (next, true);
     }
 }
 
@@ -288,6 +317,23 @@ fn owner(object: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::memory::Memory;
+    use std::sync::Arc;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_ring_of_an_object_that_is_gone_is_forgotten_and_one_in_use_is_not() {
+        let mut rings = Rings::new(Arc::new(Memory::start(1)));
+        let told = |object: &str| Event { object: object.to_owned(), ..Event::default() };
+        rings.write_all(vec![told(FLEET), told("gone")]).await;
+        assert_eq!(rings.next.len(), 2);
+        for _ in 0..2 {
+            tokio::time::advance(FORGET).await;
+            rings.write_all(vec![told(FLEET)]).await;
+        }
+        assert_eq!(rings.next.keys().collect::<Vec<_>>(), [FLEET]);
+        rings.write_all(vec![told("gone")]).await;
+        assert_eq!(rings.next["gone"].next, 2, "it goes on where it was");
+    }
 
     #[test]
     fn a_copy_is_told_as_what_it_is_a_copy_of() {

@@ -82,6 +82,8 @@ async fn a_plan_is_written_by_few_transactions_and_what_has_changed_meanwhile_is
 async fn events_that_queue_up_are_written_together_and_in_order() {
     let world = World::new().await;
     world.node("a", 10).await;
+    // However long one is, it is cut and the others are told.
+    world.events.record("node/a".to_owned(), "Told", drover_proto::v1::Severity::Info, "ä".repeat(2_000_000));
     for n in 0..200 {
         let object = if n % 4 == 0 { "node/gone".to_owned() } else { "node/a".to_owned() };
         world.events.record(object, "Told", drover_proto::v1::Severity::Info, n.to_string());

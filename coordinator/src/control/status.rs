@@ -66,8 +66,7 @@ impl Statuses {
         written: &mut i64,
     ) -> Vec<Option<bool>> {
         let mut settled = vec![None; reports.len()];
-        let tokens = reports.iter().filter_map(|report| report.token).map(|token| token.revision);
-        let known = tokens.fold(*written, i64::max);
+        let known = reports.iter().map(|report| self.refers_to(report)).fold(*written, i64::max);
         let Ok(snapshot) = self.view.at_least(known, CATCH_UP).await else { return settled };
         let mut writes = Vec::new();
         for (n, report) in reports.iter().enumerate() {
@@ -91,13 +90,20 @@ impl Statuses {
         settled
     }
 
+    /// Revision of the store that tells what a report is about: its claim, or that this is gone. The tokens of an earlier
+    /// generation have revisions that may never come again; nothing is waited for, since they are refused anyway.
+    fn refers_to(&self, report: &StatusReport) -> i64 {
+        let token = report.token.unwrap_or_default();
+        if token.generation < self.view.snapshot().generation() { 0 } else { token.revision }
+    }
+
     /// Records one report; false when its token is not that of the node's standing claim, so that it changed nothing.
     ///
     /// The status that it replaces is compared too: a report whose outcome was unknown, and which commits after all, does
     /// not replace what its node has reported since, maybe through another coordinator.
     pub async fn record(&self, node: &str, report: &StatusReport) -> Result<bool, Error> {
         // The view at the token's revision or later shows the claim, or that it is gone.
-        let reached = self.view.at_least(report.token.unwrap_or_default().revision, CATCH_UP).await;
+        let reached = self.view.at_least(self.refers_to(report), CATCH_UP).await;
         let snapshot = reached.map_err(|behind| Error::Unavailable(behind.to_string()))?;
         let write = match Write::of(&snapshot, node, report) {
             Ok(write) => write,

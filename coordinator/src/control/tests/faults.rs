@@ -41,6 +41,17 @@ async fn a_report_under_the_token_of_another_node_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_report_of_an_earlier_generation_waits_for_nothing() {
+    let world = World::new().await;
+    world.node("a", 100).await;
+    let token = Some(Token { generation: 0, revision: i64::MAX });
+    let stale = StatusReport { instance: "m-222222".to_owned(), token, ..StatusReport::default() };
+    let other = StatusReport { instance: "m-333333".to_owned(), ..stale.clone() };
+    assert_eq!(world.statuses.record("a", &stale).await, Ok(false));
+    assert_eq!(world.statuses.record_all("a", &[stale, other], &mut 0).await, [Ok(false), Ok(false)]);
+}
+
+#[tokio::test]
 async fn a_report_that_commits_late_does_not_overwrite_a_later_one() {
     let (world, faulty) = faulty_world().await;
     world.deployment("m", 1).await;

@@ -189,11 +189,19 @@ impl Sessions {
                 None
             }
         };
+        let left = match leave {
+            Some(leave) => {
+                let ours = absence::leaving(&self.store, &node, &opened.session_id, &self.settings.coordinator).await;
+                ours.map(|revision| (leave.return_within_ms, revision))
+            }
+            None => None,
+        };
         // The agent waits for this end.
         drop(answers);
-        if let Some(leave) = leave {
-            let within = Duration::from_millis(u64::try_from(leave.return_within_ms).unwrap_or(0));
-            let keep = absence::keep(&self.store, &self.view, &self.events, &node, opened.lease, within);
+        if let Some((within_ms, revision)) = left {
+            let within = Duration::from_millis(u64::try_from(within_ms).unwrap_or(0));
+            let lease = (opened.lease, revision);
+            let keep = absence::keep(&self.store, &self.view, &self.events, &node, lease, within);
             let _ = self.stop.run_until_cancelled(keep).await;
         }
         tracing::debug!(node, "a session's stream has ended; its lease goes on until it runs out or is resumed");

@@ -14,7 +14,7 @@ pub mod mutant;
 pub mod sessions;
 pub mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod view;
 
 pub(crate) use sessions::store_status;

@@ -2,7 +2,7 @@
 
 mod batches;
 mod faults;
-mod faulty;
+pub(crate) mod faulty;
 mod together;
 
 use super::{claims, claims::Claims, cycle::Cycle, events::Events, leader, status::Statuses, view::View};

@@ -175,7 +175,7 @@ impl Processes {
         let settled = async {
             let mut changed = Vec::new();
             for deployment in &deployments {
-                changed.push(self.want_none_of(deployment).await?);
+                changed.push(self.want_none_of(order, &snapshot, deployment).await?);
             }
             Ok::<_, Status>(changed)
         };
@@ -239,13 +239,13 @@ impl Processes {
         looked: Option<Looked>,
     ) -> Result<Done, Status> {
         let before = self.fresh().await?;
-        let changed = self.want_no_more(&ids, order.replace).await?;
+        let changed = self.want_no_more(order, &before, &ids).await?;
         Ok(self.carry_out(order, &before, ids, changed, looked).await)
     }
 
-    /// What follows when instances are wanted no more: it is told, and with force their processes are ended. From here on
-    /// nothing fails as a whole: what is stored is done, and what else went wrong is said of each. `before`: where each ran,
-    /// which is not known any more of those that have ended meanwhile.
+    /// What follows when instances are wanted no more: with force their processes are ended. From here on nothing fails as a
+    /// whole: what is stored is done, and what else went wrong is said of each. `before`: where each ran, which is not known
+    /// any more of those that have ended meanwhile.
     async fn carry_out(
         &self,
         order: &Order<'_>,
@@ -254,7 +254,6 @@ impl Processes {
         changed: Vec<Changed>,
         looked: Option<Looked>,
     ) -> Done {
-        self.tell(before, order, &changed);
         let mut results: Vec<ProcessResult> = ids.iter().map(|id| draining(before, id, &changed, order)).collect();
         let snapshot = self.view.snapshot();
         let node = |r: &ProcessResult| r.process.as_ref().map(|p| p.node.clone()).filter(|node| !node.is_empty());
@@ -294,25 +293,24 @@ impl Processes {
     }
 
     /// Who had what stopped: with each instance, and with its deployment, which outlives it.
-    fn tell(&self, snapshot: &Snapshot, order: &Order<'_>, changed: &[Changed]) {
+    pub(super) fn tell(&self, snapshot: &Snapshot, order: &Order<'_>, changed: &Changed) {
         let Order { who, why, .. } = order;
         let how = if order.force { "at once" } else { "after draining" };
-        for Changed { deployment, stopped, replicas } in changed {
-            for id in stopped.iter().take(TOLD_MAX) {
-                let node = snapshot.claims.get(id).map(|claim| claim.value.node.as_str());
-                let asked = format!("{who} has {id} stopped {how}{why}");
-                self.events.record_on_node(node, id, "StoppedByHand", Severity::Info, asked);
-            }
-            if stopped.is_empty() && replicas.is_none() {
-                continue;
-            }
-            let named = stopped.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
-            let more = stopped.len().saturating_sub(NAMED_MAX);
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            let fewer = replicas.map(|(from, to)| format!(", from {from} to {to} replicas")).unwrap_or_default();
-            let what = format!("{who} has {named}{more} stopped {how}{fewer}{why}");
-            self.events.record(format!("deployment/{deployment}"), "StoppedByHand", Severity::Info, what);
+        let Changed { deployment, stopped, replicas } = changed;
+        for id in stopped.iter().take(TOLD_MAX) {
+            let node = snapshot.claims.get(id).map(|claim| claim.value.node.as_str());
+            let asked = format!("{who} has {id} stopped {how}{why}");
+            self.events.record_on_node(node, id, "StoppedByHand", Severity::Info, asked);
         }
+        if stopped.is_empty() && replicas.is_none() {
+            return;
+        }
+        let named = stopped.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = stopped.len().saturating_sub(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let fewer = replicas.map(|(from, to)| format!(", from {from} to {to} replicas")).unwrap_or_default();
+        let what = format!("{who} has {named}{more} stopped {how}{fewer}{why}");
+        self.events.record(format!("deployment/{deployment}"), "StoppedByHand", Severity::Info, what);
     }
 }
 

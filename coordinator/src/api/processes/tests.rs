@@ -1,13 +1,19 @@
 //! Processes over a store in memory and nodes that answer what the test gives.
 
 use super::*;
-use crate::store::{Change, Compare, Txn, keys, memory::Memory, records, schema};
+use crate::{
+    control::tests::faulty::Faulty,
+    store::{Change, Compare, Op, Txn, keys, memory::Memory, records, schema},
+};
 use drover_proto::{
     status::{reason, reason_of},
     store::v1 as record,
     v1::{CommandAnswer, ProcessAction, ProcessOwner, StopProcessRequest, node_command::Command},
 };
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
 use tokio_util::sync::CancellationToken;
 
 struct World {
@@ -17,7 +23,10 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let store: Store = Arc::new(Memory::start(1));
+        Self::over(Arc::new(Memory::start(1))).await
+    }
+
+    async fn over(store: Store) -> Self {
         schema::open(&store).await.unwrap();
         let stop = CancellationToken::new();
         let view = View::start(store.clone(), stop.clone());
@@ -77,6 +86,24 @@ impl World {
     fn wanted(&self) -> Vec<String> {
         let snapshot = self.processes.view.snapshot();
         snapshot.instances.iter().filter(|(_, i)| i.value.wanted).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Waits until a deployment's event says so.
+    async fn told(&self, deployment: &str, words: &str) {
+        let object = format!("deployment/{deployment}");
+        let told = async {
+            loop {
+                let items = self.processes.store.list(&keys::events(&object)).await.unwrap().items;
+                let events = items.iter().filter_map(|kv| records::decode::<record::Event>(kv).ok()?.event);
+                let all: Vec<_> = events.map(|event| format!("{} {}", event.reason, event.message)).collect();
+                if all.iter().any(|event| event.contains(words)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let asked = format!("{object} does not tell \"{words}\"");
+        tokio::time::timeout(Duration::from_secs(10), told).await.expect(&asked);
     }
 
     /// Keys of commands and answers.
@@ -212,4 +239,52 @@ async fn many_who_stop_the_same_at_once_lower_the_number_once() {
         assert!(answer.is_ok(), "{answer:?}");
     }
     assert_eq!((world.wanted(), world.replicas("m")), (ids[2..].to_vec(), 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_whose_answer_was_lost_is_told_as_what_it_did() {
+    let faulty = Arc::new(Faulty::start());
+    let world = World::over(faulty.clone()).await;
+    let ids = world.deployment("m", 2, &["a", "a"]).await;
+    for (left, request) in [
+        (1, StopProcessRequest { instance: ids[0].clone(), ..Default::default() }),
+        (0, StopProcessRequest { name: "m".to_owned(), ..Default::default() }),
+    ] {
+        faulty.unanswered.store(true, SeqCst);
+        let answer = world.processes.stop("an operator", request).await.unwrap();
+        assert_eq!(world.replicas("m"), left);
+        let said = format!("m asks for {left} instead of {}", left + 1);
+        assert!(answer.results.iter().any(|r| r.message.contains(&said)), "{said}: {answer:#?}");
+        world.told("m", &format!("from {} to {left} replicas", left + 1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_stopped_before_a_failure_is_told_all_the_same() {
+    let world = World::new().await;
+    let ids = world.deployment("m", 1, &["a"]).await;
+    world.deployment("n", 1, &["a"]).await;
+    world.node("a", |_: &Command| None).await;
+    // A record that can't be read: the view keeps the last good one, and every write that relies on it fails.
+    let garbage = Op::Put { key: keys::deployment("n"), value: vec![0xff; 3], lease: 0 };
+    world.processes.store.txn(Txn { then: vec![garbage], ..Txn::default() }).await.unwrap();
+    let request = StopProcessRequest { node: "a".to_owned(), all: true, ..Default::default() };
+    let failed = world.processes.stop("an operator", request).await.unwrap_err();
+    assert!(failed.message().contains("deployment n was changed by others"), "{failed}");
+    assert!(!world.wanted().contains(&ids[0]));
+    world.told("m", &format!("an operator has {} stopped", ids[0])).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_this_coordinator_does_not_see_is_not_said_to_be_stopping() {
+    let world = World::new().await;
+    world.deployment("m", 1, &["a"]).await;
+    world.stop.cancel();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let wanted = record::Instance { deployment: "m".to_owned(), wanted: true, ..record::Instance::default() };
+    let put = records::put(keys::instance("m-zzzzzz"), &wanted, 0);
+    world.processes.store.txn(Txn { then: vec![put], ..Txn::default() }).await.unwrap();
+    let request = StopProcessRequest { instance: "m-zzzzzz".to_owned(), ..Default::default() };
+    let status = world.processes.stop("an operator", request).await.unwrap_err();
+    assert_eq!(reason_of(&status).as_deref(), Some(reason::STORE_UNAVAILABLE), "{status}");
 }

@@ -7,10 +7,10 @@
 //! state comes between; it only ever goes from wanted to not wanted, which no plan takes back; and a reconciler that
 //! planned before it loses its own compare and plans again. Nothing else of the record is decided here.
 
-use super::Processes;
+use super::{Order, Processes};
 use crate::{
     api::convert,
-    control::{clock, store_status},
+    control::{clock, store_status, view::Behind},
     plan::snapshot::Snapshot,
     store::{Compare, Error, Txn, keys, records},
 };
@@ -48,40 +48,65 @@ fn fewer(replicas: i32, wanted: usize, stopped: usize) -> i32 {
 }
 
 impl Processes {
-    /// The store as it is now, or as new as this coordinator can tell: what is written compares it.
+    /// The store as it is now. What a view that lags does not show would be left out, and said to be stopped already.
     pub(super) async fn fresh(&self) -> Result<Arc<Snapshot>, Status> {
         let now = self.store.list(keys::SCHEMA).await.map_err(store_status)?.revision;
-        Ok(self.view.at_least(now, CATCH_UP).await.unwrap_or_else(|_| self.view.snapshot()))
+        let behind = |behind: Behind| with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, behind.to_string());
+        self.view.at_least(now, CATCH_UP).await.map_err(behind)
     }
 
-    /// These instances are wanted no more; unless they are to be replaced, their deployments ask for fewer. An instance that
-    /// is gone or stopping already is left as it is.
-    pub(super) async fn want_no_more(&self, ids: &[String], replace: bool) -> Result<Vec<Changed>, Status> {
-        let snapshot = self.fresh().await?;
+    /// These instances are wanted no more, which is told; unless they are to be replaced, their deployments ask for fewer. An
+    /// instance that is gone or stopping already is left as it is. `before`: where each runs.
+    pub(super) async fn want_no_more(
+        &self,
+        order: &Order<'_>,
+        before: &Snapshot,
+        ids: &[String],
+    ) -> Result<Vec<Changed>, Status> {
         let mut by_deployment: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for id in ids {
-            let Some(instance) = snapshot.instances.get(id) else { continue };
+            let Some(instance) = before.instances.get(id) else { continue };
             by_deployment.entry(&instance.value.deployment).or_default().push(id.clone());
         }
         let mut all = Vec::new();
         for (deployment, ids) in by_deployment {
             let mut whole = Changed { deployment: deployment.to_owned(), ..Changed::default() };
+            let mut failed = None;
             for ids in ids.chunks(PER_TRANSACTION) {
-                let changed = self.settle(deployment, |snapshot| some(snapshot, deployment, ids, replace)).await?;
+                let stop = |snapshot: &Snapshot| some(snapshot, deployment, ids, order.replace);
+                let changed = match self.settle(deployment, stop).await {
+                    Ok(changed) => changed,
+                    Err(status) => {
+                        failed = Some(status);
+                        break;
+                    }
+                };
                 whole.stopped.extend(changed.stopped);
                 whole.replicas = match (whole.replicas, changed.replicas) {
                     (Some((from, _)), Some((_, to))) => Some((from, to)),
                     (before, now) => now.or(before),
                 };
             }
+            // What is written is done, whatever becomes of the rest.
+            self.tell(before, order, &whole);
+            if let Some(status) = failed {
+                return Err(status);
+            }
             all.push(whole);
         }
         Ok(all)
     }
 
-    /// Nothing of a deployment is wanted any more; the reconciler stops what there is.
-    pub(super) async fn want_none_of(&self, deployment: &str) -> Result<Changed, Status> {
-        self.settle(deployment, |snapshot| none_of(snapshot, deployment)).await
+    /// Nothing of a deployment is wanted any more, which is told; the reconciler stops what there is.
+    pub(super) async fn want_none_of(
+        &self,
+        order: &Order<'_>,
+        before: &Snapshot,
+        deployment: &str,
+    ) -> Result<Changed, Status> {
+        let changed = self.settle(deployment, |snapshot| none_of(snapshot, deployment)).await?;
+        self.tell(before, order, &changed);
+        Ok(changed)
     }
 
     /// Writes a change, made anew from the store for as long as others are quicker.
@@ -90,19 +115,20 @@ impl Processes {
         deployment: &str,
         change: impl Fn(&Snapshot) -> Option<(Changed, Txn)> + Send + Sync,
     ) -> Result<Changed, Status> {
+        let mut unsure = Changed { deployment: deployment.to_owned(), ..Changed::default() };
         for _ in 0..ATTEMPTS {
             let snapshot = self.fresh().await?;
-            let Some((changed, txn)) = change(&snapshot) else {
-                return Ok(Changed { deployment: deployment.to_owned(), ..Changed::default() });
-            };
+            // Nothing is left to change: an attempt of unknown outcome was made, if there was one.
+            let Some((changed, txn)) = change(&snapshot) else { return Ok(unsure) };
             match self.store.txn(txn).await {
                 Ok(outcome) if outcome.succeeded => {
                     // Written is written; a view that lags only shows it later.
                     let _ = self.view.at_least(outcome.revision, CATCH_UP).await;
                     return Ok(changed);
                 }
+                Ok(_) => {}
                 // Whichever of the two attempts commits, the other one's compares fail.
-                Ok(_) | Err(Error::OutcomeUnknown(_)) => {}
+                Err(Error::OutcomeUnknown(_)) => unsure = changed,
                 Err(error) => return Err(store_status(error)),
             }
         }

@@ -10,21 +10,23 @@ use std::{
 };
 
 #[derive(Debug)]
-pub(super) struct Faulty {
+pub(crate) struct Faulty {
     inner: Memory,
-    pub(super) grants: AtomicUsize,
-    pub(super) txns: AtomicUsize,
+    pub(crate) grants: AtomicUsize,
+    pub(crate) txns: AtomicUsize,
     /// Writes are refused.
-    pub(super) full: AtomicBool,
+    pub(crate) full: AtomicBool,
     /// The next transaction is held back, its outcome unknown to its caller.
-    pub(super) hold: AtomicBool,
+    pub(crate) hold: AtomicBool,
     held: Mutex<Option<Txn>>,
+    /// The next transaction is done, its outcome unknown to its caller.
+    pub(crate) unanswered: AtomicBool,
     /// Done before the next transaction, by somebody else.
     before: Mutex<Option<Txn>>,
 }
 
 impl Faulty {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self {
             inner: Memory::start(1),
             grants: AtomicUsize::new(0),
@@ -32,22 +34,23 @@ impl Faulty {
             full: AtomicBool::new(false),
             hold: AtomicBool::new(false),
             held: Mutex::new(None),
+            unanswered: AtomicBool::new(false),
             before: Mutex::new(None),
         }
     }
 
     /// Somebody else does this between now and the next transaction, and nobody has seen it by then.
-    pub(super) fn before_next_txn(&self, txn: Txn) {
+    pub(crate) fn before_next_txn(&self, txn: Txn) {
         *self.before.lock().unwrap() = Some(txn);
     }
 
     /// Somebody else does this now.
-    pub(super) async fn by_others(&self, txn: Txn) {
+    pub(crate) async fn by_others(&self, txn: Txn) {
         assert!(self.inner.txn(txn).await.unwrap().succeeded);
     }
 
     /// The transaction held back commits now, if it still may.
-    pub(super) async fn commit_held(&self) -> TxnOutcome {
+    pub(crate) async fn commit_held(&self) -> TxnOutcome {
         let held = self.held.lock().unwrap().take().unwrap();
         self.inner.txn(held).await.unwrap()
     }
@@ -70,6 +73,10 @@ impl Backend for Faulty {
         if self.hold.swap(false, SeqCst) {
             *self.held.lock().unwrap() = Some(txn);
             return Err(Error::OutcomeUnknown("held back".to_owned()));
+        }
+        if self.unanswered.swap(false, SeqCst) {
+            self.inner.txn(txn).await?;
+            return Err(Error::OutcomeUnknown("its answer was lost".to_owned()));
         }
         if self.full.load(SeqCst) && txn.writes() {
             return Err(Error::NoSpace("on purpose".to_owned()));

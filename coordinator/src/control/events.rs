@@ -330,6 +330,8 @@ mod tests {
             tokio::time::advance(FORGET).await;
             rings.write_all(vec![told(FLEET)]).await;
         }
+        tokio::time::advance(FORGET).await;
+        rings.sweep();
         assert_eq!(rings.next.keys().collect::<Vec<_>>(), [FLEET]);
         rings.write_all(vec![told("gone")]).await;
         assert_eq!(rings.next["gone"].next, 2, "it goes on where it was");

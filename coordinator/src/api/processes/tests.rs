@@ -288,3 +288,77 @@ async fn what_this_coordinator_does_not_see_is_not_said_to_be_stopping() {
     let status = world.processes.stop("an operator", request).await.unwrap_err();
     assert_eq!(reason_of(&status).as_deref(), Some(reason::STORE_UNAVAILABLE), "{status}");
 }
+
+/// What was done to each process, by its pid.
+fn actions(results: &[ProcessResult]) -> Vec<(i64, ProcessAction)> {
+    results.iter().map(|r| (r.process.as_ref().map_or(0, |p| p.pid), r.action())).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_ends_the_process_of_the_owner_and_no_other() {
+    let world = World::new().await;
+    let ids = world.deployment("m", 1, &["b"]).await;
+    // It ran on a before; and something there only says that it is of the instance.
+    let stale = vec![process(1, ProcessOwner::Owned, &ids[0]), process(2, ProcessOwner::Unknown, &ids[0])];
+    world.node("a", with(stale, 0)).await;
+    let own = vec![process(8, ProcessOwner::Unknown, &ids[0]), process(9, ProcessOwner::Owned, &ids[0])];
+    world.node("b", with(own, 0)).await;
+    let request = StopProcessRequest { name: "m".to_owned(), force: true, confirm: true, ..Default::default() };
+    let answer = world.processes.stop("an operator", request).await.unwrap();
+    assert_eq!(actions(&answer.results), [(9, ProcessAction::Ended)], "{answer:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_ends_what_bears_it_and_belongs_to_nobody_and_only_when_that_is_confirmed() {
+    let world = World::new().await;
+    let named = |pid, owner, alias: &str| HostProcess { model_alias: alias.to_owned(), ..process(pid, owner, "") };
+    let runs = vec![
+        named(1, ProcessOwner::Foreign, "m"),
+        named(2, ProcessOwner::Foreign, "other"),
+        named(3, ProcessOwner::OtherAgent, "m"),
+        named(4, ProcessOwner::Unknown, "m"),
+        named(5, ProcessOwner::Stale, "m"),
+    ];
+    world.node("a", with(runs, 0)).await;
+    for (confirm, done) in [(false, ProcessAction::WouldEnd), (true, ProcessAction::Ended)] {
+        let request = StopProcessRequest { name: "m".to_owned(), confirm, ..Default::default() };
+        let answer = world.processes.stop("an operator", request).await.unwrap();
+        assert_eq!(actions(&answer.results), [(1, done), (5, done)], "{answer:#?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pid_of_another_agent_or_of_unknown_owner_is_left_alone_whatever_is_confirmed() {
+    let world = World::new().await;
+    let runs = vec![
+        process(3, ProcessOwner::Foreign, ""),
+        process(4, ProcessOwner::OtherAgent, ""),
+        process(5, ProcessOwner::Unknown, ""),
+    ];
+    world.node("a", with(runs, 0)).await;
+    use ProcessAction::{Ended, LeftAlone, WouldEnd};
+    let cases = [(3, false, WouldEnd), (3, true, Ended), (4, true, LeftAlone), (5, true, LeftAlone)];
+    for (pid, confirm, done) in cases {
+        let request = StopProcessRequest { node: "a".to_owned(), pid, confirm, force: true, ..Default::default() };
+        let answer = world.processes.stop("an operator", request).await.unwrap();
+        assert_eq!(actions(&answer.results), [(pid, done)], "{answer:#?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clean_up_only_says_what_it_would_do_unless_told_otherwise() {
+    let world = World::new().await;
+    let runs = vec![
+        process(1, ProcessOwner::Owned, "m-222222"),
+        process(2, ProcessOwner::Stale, ""),
+        process(3, ProcessOwner::Foreign, ""),
+        process(4, ProcessOwner::Unknown, ""),
+    ];
+    world.node("a", with(runs, 0)).await;
+    use ProcessAction::{Ended, WouldEnd};
+    for (dry_run, done) in [(None, WouldEnd), (Some(true), WouldEnd), (Some(false), Ended)] {
+        let request = CleanupProcessesRequest { dry_run, ..Default::default() };
+        let answer = world.processes.clean_up("an operator", request).await.unwrap();
+        assert_eq!(actions(&answer.results), [(2, done), (3, done)], "{answer:#?}");
+    }
+}

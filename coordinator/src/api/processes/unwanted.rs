@@ -160,7 +160,7 @@ fn some(snapshot: &Snapshot, deployment: &str, ids: &[String], replace: bool) ->
         txn.then.push(records::put(keys::instance(id), &next, 0));
     }
     let count = snapshot.instances_of(deployment).filter(|(_, i)| i.value.wanted).count();
-    let asked = snapshot.deployments.get(deployment).filter(|d| !replace && !d.value.deleting);
+    let asked = snapshot.deployments.get(deployment).filter(|_| !replace);
     let replicas = asked.and_then(|stored| {
         let to = fewer(stored.value.replicas, count, stopped.len());
         lower(snapshot, deployment, to, &mut txn).then_some((stored.value.replicas, to))

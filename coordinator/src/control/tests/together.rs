@@ -82,8 +82,9 @@ async fn a_plan_is_written_by_few_transactions_and_what_has_changed_meanwhile_is
 async fn events_that_queue_up_are_written_together_and_in_order() {
     let world = World::new().await;
     world.node("a", 10).await;
-    // However long one is, it is cut and the others are told.
-    world.events.record("node/a".to_owned(), "Told", drover_proto::v1::Severity::Info, "ä".repeat(2_000_000));
+    // However long one is, it is told, and so are those with it.
+    let long = "ä".repeat(2_000_000);
+    world.events.record("node/gone".to_owned(), "Told", drover_proto::v1::Severity::Info, long);
     for n in 0..200 {
         let object = if n % 4 == 0 { "node/gone".to_owned() } else { "node/a".to_owned() };
         world.events.record(object, "Told", drover_proto::v1::Severity::Info, n.to_string());
@@ -108,4 +109,5 @@ async fn events_that_queue_up_are_written_together_and_in_order() {
     assert!(events.windows(2).all(|w| w[0].0 + 1 == w[1].0), "no number is left out or used twice: {events:?}");
     let of_the_gone = told(super::super::events::FLEET).await;
     assert!(of_the_gone.iter().any(|(_, message)| message == "node/gone: 196"), "{of_the_gone:?}");
+    assert!(of_the_gone[0].1.starts_with("node/gone: ää") && of_the_gone[0].1.len() < 10_000);
 }

@@ -274,7 +274,8 @@ impl Processes {
             done.unreachable.extend(failures);
             for ended in ended {
                 let instance = |r: &ProcessResult| r.process.as_ref().map(|p| p.instance.clone());
-                match results.iter_mut().find(|r| instance(r) == instance(&ended)) {
+                let open = |r: &ProcessResult| r.action() == ProcessAction::Draining;
+                match results.iter_mut().find(|r| open(r) && instance(r) == instance(&ended)) {
                     Some(result) => *result = ended,
                     None => results.push(ended),
                 }

@@ -301,11 +301,12 @@ async fn force_ends_the_process_of_the_owner_and_no_other() {
     // It ran on a before; and something there only says that it is of the instance.
     let stale = vec![process(1, ProcessOwner::Owned, &ids[0]), process(2, ProcessOwner::Unknown, &ids[0])];
     world.node("a", with(stale, 0)).await;
-    let own = vec![process(8, ProcessOwner::Unknown, &ids[0]), process(9, ProcessOwner::Owned, &ids[0])];
-    world.node("b", with(own, 0)).await;
+    let own = [(7, ProcessOwner::Owned), (8, ProcessOwner::Unknown), (9, ProcessOwner::Owned)];
+    world.node("b", with(own.map(|(pid, owner)| process(pid, owner, &ids[0])).into(), 0)).await;
     let request = StopProcessRequest { name: "m".to_owned(), force: true, confirm: true, ..Default::default() };
     let answer = world.processes.stop("an operator", request).await.unwrap();
-    assert_eq!(actions(&answer.results), [(9, ProcessAction::Ended)], "{answer:#?}");
+    let ended = |pid| (pid, ProcessAction::Ended);
+    assert_eq!(actions(&answer.results), [ended(7), ended(9)], "one for each process: {answer:#?}");
 }
 
 #[tokio::test(start_paused = true)]

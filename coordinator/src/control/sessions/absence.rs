@@ -69,3 +69,81 @@ pub(super) async fn keep(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Txn, memory::Memory, schema};
+    use std::sync::Arc;
+    use tokio_util::sync::CancellationToken;
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    struct World {
+        store: Store,
+        view: View,
+        events: Events,
+        lease: i64,
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let store: Store = Arc::new(Memory::start(1));
+            schema::open(&store).await.unwrap();
+            let view = View::start(store.clone(), CancellationToken::new());
+            let (events, _) = Events::start(store.clone(), "coordinator/test".to_owned());
+            let lease = store.grant(TTL).await.unwrap();
+            let world = Self { store, view, events, lease };
+            world.write(1).await;
+            world
+        }
+
+        async fn write(&self, version: u64) {
+            let (session_id, coordinator) = ("s".to_owned(), "one".to_owned());
+            let session =
+                record::Session { session_id, coordinator, lease: self.lease, version, ..record::Session::default() };
+            let then = vec![records::put(keys::session("a"), &session, self.lease)];
+            self.store.txn(Txn { then, ..Txn::default() }).await.unwrap();
+        }
+
+        /// Keeps the session; how long it was kept.
+        async fn keep(&self, revision: i64, within: Duration) -> Duration {
+            let begun = Instant::now();
+            keep(&self.store, &self.view, &self.events, "a", (self.lease, revision), within).await;
+            begun.elapsed()
+        }
+
+        async fn stands(&self) -> bool {
+            self.store.get(&keys::session("a")).await.unwrap().is_some()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_kept_for_the_time_said_and_no_longer() {
+        let world = World::new().await;
+        let revision = leaving(&world.store, "a", "s", "one").await.unwrap();
+        assert_eq!(world.keep(revision, TTL * 6).await, TTL * 6);
+        assert!(world.stands().await);
+        tokio::time::sleep(TTL + TTL / 10).await;
+        assert!(!world.stands().await);
+        assert!(world.keep(revision, TTL * 6).await < TTL, "there is nothing to keep");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_back_before_the_renewals_begin_is_not_kept_once_more() {
+        let world = World::new().await;
+        let revision = leaving(&world.store, "a", "s", "one").await.unwrap();
+        world.write(2).await;
+        assert!(world.keep(revision, TTL * 6).await < TTL);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_session_of_this_coordinator_is_kept_and_for_no_more_than_the_limit() {
+        let world = World::new().await;
+        assert_eq!(leaving(&world.store, "a", "s", "two").await, None);
+        assert_eq!(leaving(&world.store, "a", "t", "one").await, None);
+        assert_eq!(leaving(&world.store, "b", "s", "one").await, None);
+        let revision = leaving(&world.store, "a", "s", "one").await.unwrap();
+        assert_eq!(world.keep(revision, limits::ABSENCE_MAX * 9).await, limits::ABSENCE_MAX);
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! | phase | process | leaves by |
 //! |---|---|---|
-//! | claimed | none | begin → starting · unwanted → stopped |
+//! | claimed | none | begin or wanted → starting · unwanted → stopped |
 //! | starting | being launched | launched → loading · launch failed → backoff or failed · unwanted → stopping |
 //! | loading | alive | healthy → ready · serves another model → suspect · ended, model or arguments refused → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
 //! | ready | alive | 2 failed probes → suspect · ended → backoff or failed · unwanted → draining |
@@ -11,7 +11,7 @@
 //! | stopping | alive or being launched | ended → stopped, or backoff when it is wanted · grace over → killed; forced: a short one |
 //! | backoff | none | due → starting · unwanted → stopped |
 //! | failed | none | unwanted → stopped |
-//! | stopped | none | wanted → starting |
+//! | stopped | none | final under its token; claimed again, under a higher one → claimed |
 //!
 //! What is wanted ([`State::wanted`]) and what is ([`State::phase`], [`State::process`]) are separate. A stop wins over a
 //! start in flight: once an instance is unwanted nothing is launched, and what a launch under way brings is ended.
@@ -156,6 +156,8 @@ pub enum Event {
     Begin,
     /// It should run, or should not.
     Want(bool),
+    /// It was claimed again, under a higher token. Whether it should run is yet to be said.
+    ClaimedAgain,
     /// It should not run, and what is in flight is not waited for.
     Force,
     /// A launch has brought a process.

@@ -45,6 +45,8 @@ pub struct State {
     pub heartbeats: usize,
     pub welcomes: Vec<Welcome>,
     pub reports: Vec<StatusReport>,
+    /// Reports whose token was not that of the claim.
+    pub refused: Vec<StatusReport>,
     pub events: Vec<NodeEvent>,
     pub claims: Vec<ClaimRequest>,
     pub command_answers: Vec<CommandAnswer>,
@@ -91,6 +93,7 @@ impl Coordinator {
             heartbeats: 0,
             welcomes: Vec::new(),
             reports: Vec::new(),
+            refused: Vec::new(),
             events: Vec::new(),
             claims: Vec::new(),
             command_answers: Vec::new(),
@@ -132,18 +135,7 @@ impl Coordinator {
     }
 
     pub fn offer(&self, instance: &str, spec: DeploymentSpec) {
-        let mut state = self.state();
-        state.revision += 1;
-        state.specs.insert(instance.to_owned(), spec.clone());
-        let offer = Offer {
-            instance: instance.to_owned(),
-            offer_revision: state.revision,
-            spec: Some(spec),
-            revision: 1,
-            deadline: Some((SystemTime::now() + Duration::from_secs(10)).into()),
-            ..Offer::default()
-        };
-        state.send(session_response::Message::Offer(offer));
+        self.state().offer(instance, spec);
     }
 
     /// Changes what is owned and sends the set.
@@ -179,6 +171,20 @@ impl Coordinator {
 }
 
 impl State {
+    pub fn offer(&mut self, instance: &str, spec: DeploymentSpec) {
+        self.revision += 1;
+        self.specs.insert(instance.to_owned(), spec.clone());
+        let offer = Offer {
+            instance: instance.to_owned(),
+            offer_revision: self.revision,
+            spec: Some(spec),
+            revision: 1,
+            deadline: Some((SystemTime::now() + Duration::from_secs(10)).into()),
+            ..Offer::default()
+        };
+        self.send(session_response::Message::Offer(offer));
+    }
+
     fn set(&self) -> ClaimSet {
         ClaimSet {
             claims: self.owned.values().cloned().collect(),
@@ -245,6 +251,8 @@ impl State {
                         self.send_claims();
                     }
                     self.reports.push(report);
+                } else {
+                    self.refused.push(report);
                 }
             }
             session_request::Message::Event(event) => self.events.push(event),

@@ -148,11 +148,11 @@ impl Registry {
                     Kind::Unknown(stored, Unsure::because("what an ended run has left is still at work"))
                 }
             }
-            Some(Known { kind: Kind::Nothing, .. }) | None if wanted => {
+            Some(Known { kind: Kind::Nothing, .. }) | None if wanted && !self.has_stopped(&claim) => {
                 let span = span.unwrap_or_else(|| trace::start(&instance, &claim.spec.name, traceparent));
                 self.begin(inner, claim, Begin::Claimed(span))
             }
-            // Not wanted, and nothing is here: that is all there is to say.
+            // Nothing is here, and it is not wanted, or was reported stopped: that is all there is to say.
             Some(Known { kind: Kind::Nothing, .. }) | None => {
                 self.post(&claim, InstanceState::Stopped, "");
                 Kind::Nothing
@@ -244,6 +244,12 @@ impl Registry {
                 Kind::Nothing
             }
         }
+    }
+
+    /// Whether it has stopped under this token. That is final: its report gives the claim back.
+    fn has_stopped(&self, claim: &Claim) -> bool {
+        let entry = self.context.board.get(&claim.instance);
+        entry.is_some_and(|entry| entry.token == claim.token && entry.state == InstanceState::Stopped)
     }
 
     /// Puts the state of an instance without a supervisor on the board. False when it is there already.

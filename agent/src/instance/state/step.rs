@@ -33,11 +33,20 @@ impl Step<'_> {
                     self.launch();
                 }
             }
+            // Its report gives the claim back, at any moment from here on: whatever is started would run under a token whose
+            // claim is gone, unrecorded in the store, beside what another node starts under the next. If it is wanted
+            // again it is offered again.
+            Event::Want(true) if phase == Phase::Stopped => {}
             Event::Want(true) => {
                 self.state.wanted = true;
                 self.state.forced = false;
-                if matches!(phase, Phase::Claimed | Phase::Stopped) {
+                if phase == Phase::Claimed {
                     self.launch();
+                }
+            }
+            Event::ClaimedAgain => {
+                if phase == Phase::Stopped {
+                    self.enter(Phase::Claimed, None);
                 }
             }
             Event::Want(false) => self.unwanted(),

@@ -145,6 +145,23 @@ fn a_stop_wins_over_a_start_in_flight() {
 }
 
 #[test]
+fn a_stop_is_final_until_it_is_claimed_again() {
+    let stopped = || [Event::Begin, Event::Launched, Event::Want(false), exit(0)];
+    let then = |more: &[Event]| run(stopped().into_iter().chain(more.iter().cloned()));
+    let (state, actions) = then(&[Event::Want(true)]);
+    assert_eq!((state.phase, actions), (Phase::Stopped, vec![]), "its claim may be gone already");
+    assert_eq!(then(&[Event::ClaimedAgain]).0.phase, Phase::Claimed);
+    let (state, actions) = then(&[Event::Want(true), Event::ClaimedAgain, Event::Want(true)]);
+    assert_eq!((state.phase, actions), (Phase::Starting, vec![Action::Launch]));
+    // Unwanted by then: it is reported under that token too.
+    let (state, actions) = then(&[Event::ClaimedAgain, Event::Want(false)]);
+    assert_eq!((state.phase, actions), (Phase::Stopped, vec![]));
+    // Of one that goes on nothing changes.
+    let (state, actions) = run([Event::Begin, Event::Launched, ok(), Event::ClaimedAgain]);
+    assert_eq!((state.phase, actions), (Phase::Ready, vec![]));
+}
+
+#[test]
 fn a_model_that_can_not_be_loaded_fails_with_the_last_line_and_is_not_tried_again() {
     let (state, _) = run([Event::Begin, Event::Launched, refused()]);
     assert_eq!((state.phase, state.deadline_ms), (Phase::Failed, None));
@@ -284,6 +301,9 @@ fn a_thousand_rapid_starts_and_stops_end_as_asked() {
         };
         take(&mut state, &mut world, Event::Begin, 0);
         for cycle in 0..1_000 {
+            if state.phase == Phase::Stopped {
+                take(&mut state, &mut world, Event::ClaimedAgain, 0);
+            }
             take(&mut state, &mut world, Event::Want(cycle % 2 == 0), roll() % 50);
             for _ in 0..roll() % 5 {
                 let event = world.next(true, roll());
@@ -291,6 +311,7 @@ fn a_thousand_rapid_starts_and_stops_end_as_asked() {
             }
         }
         for (wanted, phase) in [(false, Phase::Stopped), (true, Phase::Ready), (false, Phase::Stopped)] {
+            take(&mut state, &mut world, Event::ClaimedAgain, 0);
             take(&mut state, &mut world, Event::Want(wanted), 0);
             for _ in 0..40 {
                 let event = world.next(false, roll());
@@ -305,6 +326,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Begin),
         any::<bool>().prop_map(Event::Want),
+        Just(Event::ClaimedAgain),
         Just(Event::Launched),
         any::<bool>().prop_map(|retry| Event::LaunchFailed { message: "no".to_owned(), retry }),
         Just(ok()),
@@ -338,6 +360,7 @@ proptest! {
                     Action::Launch => {
                         prop_assert_eq!(before.process, Process::None, "launched beside a process: {:?}", before);
                         prop_assert!(after.wanted, "launched though unwanted");
+                        prop_assert!(before.phase != Phase::Stopped, "launched under a token that was given back");
                     }
                     Action::Open => open = true,
                     Action::Close => open = false,

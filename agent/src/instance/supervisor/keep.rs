@@ -8,7 +8,7 @@ use super::{
         adopt,
         claim::{self, Claim},
         run,
-        state::{Phase, Process},
+        state::{Event, Phase, Process},
     },
     Supervisor,
 };
@@ -66,10 +66,14 @@ impl Supervisor {
             return;
         }
         for (token, answer) in std::mem::take(&mut self.raises) {
-            let raised = token <= self.claim.token || self.raise(token);
+            let is_higher = token > self.claim.token;
+            let raised = !is_higher || self.raise(token);
             if raised {
                 self.context.routes.set(self.route()).await;
                 failpoint::at(Step::RaiseRouted);
+            }
+            if raised && is_higher {
+                self.take(Event::ClaimedAgain).await;
             }
             self.publish();
             let _ = answer.send(raised);

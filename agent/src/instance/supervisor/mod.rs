@@ -133,7 +133,8 @@ impl Supervisor {
                     // The agent ends: processes live on, and are found again by the next one.
                     None => return,
                     Some(Command::Want(wanted, traceparent)) => {
-                        if wanted != self.state.wanted {
+                        // One that was claimed again after it had stopped waits to hear it, whatever was wanted before.
+                        if wanted != self.state.wanted || self.state.phase == Phase::Claimed {
                             if !wanted {
                                 self.spans.begin(trace::stop(&self.claim.instance, &traceparent));
                             }

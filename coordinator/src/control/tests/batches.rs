@@ -85,7 +85,9 @@ async fn claims_of_one_call_are_made_by_one_transaction_under_one_token() {
         let claim: record::Claim = records::decode(&stored).unwrap();
         assert_eq!((claim.node.as_str(), claim.nonce), ("a", format!("nonce-{id}")));
         let taken = world.store.get(&keys::taken(id)).await.unwrap().unwrap();
-        assert_eq!(taken.mod_revision, token.revision);
+        assert_eq!((taken.mod_revision, taken.lease), (token.revision, 0));
+        let session = world.store.get(&keys::session("a")).await.unwrap().unwrap();
+        assert!(session.lease != 0 && stored.lease == session.lease, "claims end with their session");
         // The token is that of each of them: what it has to report is taken, and only its own claim ends with it.
         assert!(world.report("a", id, token, InstanceState::Ready).await);
     }
@@ -188,6 +190,57 @@ async fn a_run_claimed_again_takes_its_room_before_the_offers_after_it() {
     let items = vec![item(&offered[0].0, 0), item(&offered[1].0, offered[1].1), item(&offered[2].0, offered[2].1)];
     let answer = world.claim_many("a", a, items).await.unwrap();
     assert_eq!(reasons(&answer), ["", "", reason::NO_CAPACITY]);
+}
+
+#[tokio::test]
+async fn a_run_claimed_again_does_not_take_its_room_twice() {
+    let world = World::new().await;
+    world.node("a", 25).await;
+    let offered = world.many_offered(2, &["a"]).await;
+    let mut node = world.view.snapshot().nodes["a"].value.clone();
+    node.unclaimed = vec![record::UnclaimedRun { instance: offered[0].0.clone(), memory_bytes: 10 }];
+    world.put(keys::node("a"), &node, 0).await;
+    let session = world.view.snapshot().sessions["a"].mod_revision;
+    let items = vec![item(&offered[0].0, 0), item(&offered[1].0, offered[1].1)];
+    let answer = world.claim_many("a", session, items).await.unwrap();
+    assert_eq!(reasons(&answer), ["", ""]);
+}
+
+#[tokio::test]
+async fn an_offer_that_has_run_out_and_a_run_that_nobody_wants_are_refused_alone() {
+    let world = World::new().await;
+    let a = world.node("a", 1000).await;
+    let mut offered = world.many_offered(3, &["a"]).await;
+    let mut late = world.view.snapshot().instances[&offered[0].0].value.clone();
+    late.offer.as_mut().unwrap().deadline = Some(super::super::clock::timestamp(1));
+    offered[0].1 = world.put(keys::instance(&offered[0].0), &late, 0).await;
+    let unwanted = record::Instance { wanted: false, ..world.view.snapshot().instances[&offered[1].0].value.clone() };
+    world.put(keys::instance(&offered[1].0), &unwanted, 0).await;
+    let items = vec![item(&offered[0].0, offered[0].1), item(&offered[1].0, 0), item(&offered[2].0, offered[2].1)];
+    let answer = world.claim_many("a", a, items).await.unwrap();
+    assert_eq!(reasons(&answer), [reason::OFFER_GONE, reason::OFFER_GONE, ""]);
+}
+
+#[tokio::test]
+async fn under_the_session_of_another_agent_or_a_store_opened_anew_nothing_is_made() {
+    let (world, faulty) = faulty_world().await;
+    let a = world.node("a", 1000).await;
+    let offered = world.many_offered(2, &["a"]).await;
+    let claims: Vec<ClaimItem> = offered.iter().map(|(id, revision)| item(id, *revision)).collect();
+    let request = ClaimManyRequest {
+        session_id: "another".to_owned(),
+        session_revision: a,
+        claims: claims.clone(),
+        ..ClaimManyRequest::default()
+    };
+    assert_eq!(refusal(world.claims.claim_many("a", &request).await).0, reason::SESSION_MOVED);
+    // As a restore does between the look at the view and the transaction.
+    let schema = world.store.get(keys::SCHEMA).await.unwrap().unwrap();
+    let then = vec![crate::store::Op::Put { key: keys::SCHEMA.to_owned(), value: schema.value, lease: 0 }];
+    faulty.before_next_txn(Txn { then, ..Txn::default() });
+    let answer = world.claim_many("a", a, claims).await.unwrap();
+    assert_eq!(reasons(&answer), [reason::OFFER_GONE; 2]);
+    assert!(world.store.list(keys::CLAIMS).await.unwrap().items.is_empty());
 }
 
 #[tokio::test]

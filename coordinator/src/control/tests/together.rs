@@ -79,12 +79,43 @@ async fn a_plan_is_written_by_few_transactions_and_what_has_changed_meanwhile_is
 }
 
 #[tokio::test]
+async fn a_plan_larger_than_a_transaction_is_cut_where_it_has_to_be() {
+    let (world, _) = faulty_world().await;
+    world.node("a", 10_000).await;
+    world.deployment("m", 100).await;
+    let (_lead, _told) = faults::leading(&world).await;
+    let offered = shown(&world, "a hundred instances are offered", |s| s.instances.len() == 100).await;
+    let revisions: std::collections::BTreeSet<i64> = offered.instances.values().map(|i| i.mod_revision).collect();
+    assert_eq!(revisions.len(), 2, "two comparisons each, and the leader's key");
+}
+
+#[tokio::test]
+async fn a_plan_of_a_former_leader_that_does_not_know_it_yet_is_not_carried_out() {
+    let (world, faulty) = faulty_world().await;
+    world.node("a", 1000).await;
+    let (_lead, _told) = faults::leading(&world).await;
+    world.put(keys::LEADER.to_owned(), &record::Leader { coordinator: "two".to_owned(), since: None }, 0).await;
+    world.events_settled().await;
+    let before = faulty.txns.load(SeqCst);
+    world.deployment("m", 2).await;
+    let tried = async {
+        // The two records of the deployment, the plan, and each of its actions; then once more.
+        while faulty.txns.load(SeqCst) < before + 8 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(WAIT, tried).await.unwrap();
+    assert!(world.store.list(keys::INSTANCES).await.unwrap().items.is_empty());
+}
+
+#[tokio::test]
 async fn events_that_queue_up_are_written_together_and_in_order() {
     let world = World::new().await;
     world.node("a", 10).await;
     // However long one is, it is told, and so are those with it.
     let long = "ä".repeat(2_000_000);
     world.events.record("node/gone".to_owned(), "Told", drover_proto::v1::Severity::Info, long);
+    world.events.record_by_node("a", "gone-222222", "Told", drover_proto::v1::Severity::Info, "ended".to_owned());
     for n in 0..200 {
         let object = if n % 4 == 0 { "node/gone".to_owned() } else { "node/a".to_owned() };
         world.events.record(object, "Told", drover_proto::v1::Severity::Info, n.to_string());
@@ -109,5 +140,7 @@ async fn events_that_queue_up_are_written_together_and_in_order() {
     assert!(events.windows(2).all(|w| w[0].0 + 1 == w[1].0), "no number is left out or used twice: {events:?}");
     let of_the_gone = told(super::super::events::FLEET).await;
     assert!(of_the_gone.iter().any(|(_, message)| message == "node/gone: 196"), "{of_the_gone:?}");
+    assert!(of_the_gone.iter().any(|(_, message)| message == "instance/gone-222222: ended"), "{of_the_gone:?}");
+    assert!(of_the_gone.iter().all(|(_, message)| !message.starts_with("history/")), "its copy goes with it");
     assert!(of_the_gone[0].1.starts_with("node/gone: ää") && of_the_gone[0].1.len() < 10_000);
 }

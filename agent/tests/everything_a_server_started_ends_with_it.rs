@@ -5,7 +5,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
-use drover_agent::host::cgroup;
+use drover_agent::{host::cgroup, instance::run};
 use drover_proto::v1::{DeploymentSpec, InstanceState, StatusReport};
 use drover_shim::{
     cgroup::{Cgroup, place},
@@ -67,6 +67,18 @@ impl Family {
 fn needs_cgroups(family: &Family) {
     let log = family.node.log();
     assert!(family.cgroup.is_absolute(), "run this test as root or in a scope with Delegate=yes: {log}");
+}
+
+/// As somebody says whose handle of it has failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn but_not_when_it_is_only_said_to_have_ended() {
+    let family = Family::start("").await;
+    needs_cgroups(&family);
+    let node = &family.node;
+    run::ended(&node.directory(ID), Some(&node.record(ID))).await;
+    assert!(is_alive(family.ready.pid) && is_alive(family.grandchild));
+    node.coordinator.stop(ID);
+    family.all_gone().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

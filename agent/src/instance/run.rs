@@ -17,6 +17,7 @@ use crate::{
 use drover_shim::{
     durable,
     failpoint::{self, Step},
+    identity::{self, Verdict},
     logs,
     record::{self, Directory, Exit, Record, SPEC_FORMAT, Spec},
 };
@@ -246,7 +247,9 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
         }
     };
     let exit = timeout(EXIT_DEADLINE, wait).await.ok();
+    // Whoever says that it has ended may be wrong, as when its handle fails: its cgroup would take it along.
     if let Some(record) = record
+        && matches!(identity::verify(&record.process, None), Verdict::Gone | Verdict::Other(_))
         && let Err(error) = cgroup::end(record).await
     {
         tracing::warn!(instance = record.instance, "{error}");

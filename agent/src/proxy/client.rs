@@ -24,9 +24,9 @@ use tokio::{
 const START_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a socket is tried while its proxy starts.
 const START_POLL: Duration = Duration::from_millis(10);
-/// Pause before a proxy is looked for that fails again and again; the first time, and after one that has lived for longer
-/// than the longest pause, there is none.
-const RETRY_MIN: Duration = Duration::from_millis(50);
+/// Pause before a proxy is looked for that fails again and again. There is none the first time that one ends, and after one
+/// that has lived for longer than the longest pause.
+const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
 pub use peer::end_at;
@@ -263,6 +263,13 @@ impl Supervisor {
                 },
                 Err(error) => Some(format!("{}: {error}", self.settings.control_socket().display())),
             };
+            if began.elapsed() > RETRY_MAX {
+                delay = Duration::ZERO;
+            }
+            if problem.is_some() {
+                // Something is in the way, and may be gone in a moment.
+                delay = delay.max(RETRY_MIN);
+            }
             self.observed.send_modify(|o| {
                 (o.connected, o.applied) = (false, 0);
                 if let Some(problem) = problem {
@@ -272,9 +279,6 @@ impl Supervisor {
                 }
             });
             reap(child.take());
-            if began.elapsed() > RETRY_MAX {
-                delay = Duration::ZERO;
-            }
             sleep(delay).await;
             delay = (delay * 2).clamp(RETRY_MIN, RETRY_MAX);
         }

@@ -4,8 +4,8 @@
 use anyhow::{Context as _, ensure};
 use drover_proto::v1::DeploymentSpec;
 use drover_tests::{
-    cluster::{Cluster, Plan},
-    programs::{program, servers_with},
+    cluster::{Cluster, Plan, SOON},
+    programs::{eventually, program, servers_with},
 };
 use serde_json::json;
 use std::{
@@ -72,9 +72,12 @@ async fn when_its_drain_is_over_and_when_its_instance_is_stopped_by_force() -> a
         ensure!(output.status.success(), "{force}: {}", String::from_utf8_lossy(&output.stderr));
     }
     is_cut(stream)?;
-    cluster.ready("tiny", 1).await?;
-    let left = servers_with(&instance.id);
-    ensure!(left.is_empty(), "{left:?}");
+    eventually("nothing is left of the one that was stopped", SOON, async || {
+        let left = servers_with(&instance.id);
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await?;
     cluster.delete("tiny").await?;
     cluster.end().await
 }

@@ -18,12 +18,36 @@ const RESUME_INTERVAL: Duration = Duration::from_millis(500);
 /// How far a stream of events is.
 #[derive(Debug, Default)]
 struct Position {
-    /// Revision of the last event shown.
-    after_revision: i64,
+    /// Highest revision of the events shown.
+    revision: i64,
+    /// Those of that revision: a stream may break between events that were written together.
+    shown: Vec<Event>,
     /// Until when a stream that broke is taken up again; none while one is open, or before the first one.
     resume_until: Option<Instant>,
     /// A stream was open once: from then on a break is waited out.
     opened: bool,
+}
+
+impl Position {
+    /// Where a stream is taken up: what has the last revision comes once more.
+    fn after_revision(&self) -> i64 {
+        (self.revision - 1).max(0)
+    }
+
+    /// False for an event that was shown before the stream broke.
+    fn is_new(&mut self, event: &Event) -> bool {
+        if event.revision > self.revision {
+            self.revision = event.revision;
+            self.shown.clear();
+        }
+        if event.revision == self.revision {
+            if self.shown.contains(event) {
+                return false;
+            }
+            self.shown.push(event.clone());
+        }
+        true
+    }
 }
 
 /// Prints recorded events, oldest first; with `--follow` goes on, over coordinators that come and go.
@@ -51,7 +75,7 @@ pub async fn run(context: &Context, options: &Events) -> Result<(), Failure> {
 async fn watch(context: &Context, client: &Client, options: &Events, position: &mut Position) -> Result<(), Failure> {
     let request = WatchEventsRequest {
         object: options.object.clone().unwrap_or_default(),
-        after_revision: position.after_revision,
+        after_revision: position.after_revision(),
         follow: options.follow,
     };
     let mut stream = client
@@ -66,8 +90,9 @@ async fn watch(context: &Context, client: &Client, options: &Events, position: &
             Ok(None) => return Ok(()),
             Ok(Some(answer)) => {
                 let event = answer.event.ok_or_else(|| fetch::empty("WatchEvents"))?;
-                position.after_revision = position.after_revision.max(event.revision);
-                show(context, &event)?;
+                if position.is_new(&event) {
+                    show(context, &event)?;
+                }
             }
             Err(status) if is_transport(&status) => {
                 client.forget().await;
@@ -84,4 +109,21 @@ fn show(context: &Context, event: &Event) -> Result<(), Failure> {
     }
     let (text, tone) = tables::event(event);
     context.output.line(&context.output.paint(&text, tone))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_broke_between_events_of_one_revision_leaves_none_out_and_shows_none_twice() {
+        let event = |revision, message: &str| Event { revision, message: message.to_owned(), ..Event::default() };
+        let mut position = Position::default();
+        assert_eq!(position.after_revision(), 0);
+        assert!(position.is_new(&event(4, "a")) && position.is_new(&event(7, "b")) && position.is_new(&event(7, "c")));
+        assert_eq!(position.after_revision(), 6);
+        let taken_up = [event(7, "b"), event(7, "c"), event(7, "d"), event(9, "b")];
+        assert_eq!(taken_up.map(|event| position.is_new(&event)), [false, false, true, true]);
+        assert!(position.is_new(&event(8, "late")) && position.after_revision() == 8);
+    }
 }

@@ -27,6 +27,9 @@ pub const MEMORY_BYTES_MAX: i64 = 64 << 40;
 pub const DURATION_MS_MAX: i64 = 86_400_000;
 /// Most extra arguments of one deployment.
 pub const ARGUMENTS_MAX: usize = 128;
+/// Most bytes of a deployment's arguments and labels together: the specs of all claims of one call fit into its answer
+/// ([`CLAIMS_PER_CALL_MAX`], [`MESSAGE_BYTES_MAX`]).
+pub const WORDS_BYTES_MAX: usize = 64 << 10;
 /// Most labels of a node or a deployment.
 pub const LABELS_MAX: usize = 64;
 /// Results of a page when the caller names no size.

@@ -57,6 +57,12 @@ pub(super) fn spec(spec: &DeploymentSpec, snapshot: &Snapshot) -> Violations {
             format!("{} labels are too many: use at most {}", spec.node_labels.len(), limits::LABELS_MAX),
         );
     }
+    let labels = spec.node_labels.iter().map(|(name, value)| name.len() + value.len());
+    let bytes = spec.arguments.iter().map(String::len).chain(labels).sum::<usize>();
+    if bytes > limits::WORDS_BYTES_MAX {
+        let max = limits::WORDS_BYTES_MAX;
+        say("arguments", format!("and node_labels have {bytes} bytes together: use at most {max}"));
+    }
     if let Err(what) = model_path(&spec.model_path, snapshot) {
         say("model_path", what);
     }
@@ -148,6 +154,11 @@ mod tests {
                 "spec.arguments",
                 "--rpc",
                 DeploymentSpec { arguments: vec!["--rpc".to_owned(), "x:1".to_owned()], ..good() },
+            ),
+            (
+                "spec.arguments",
+                "have 65537 bytes together",
+                DeploymentSpec { node_labels: [("x".to_owned(), "y".repeat(65_536))].into(), ..good() },
             ),
             ("spec.model_path", "is empty", DeploymentSpec { model_path: String::new(), ..good() }),
             ("spec.model_path", "/etc/passwd", DeploymentSpec { model_path: "/etc/passwd".to_owned(), ..good() }),

@@ -13,7 +13,7 @@ use nix::{
 };
 use std::{
     fs::{self, File},
-    io::{Read as _, Seek as _, SeekFrom},
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -55,6 +55,22 @@ pub fn watch(pid: i32, own: Option<&Path>) -> Watch {
         Some(log)
     });
     Watch { counter, log: log.flatten() }
+}
+
+/// Takes from a process the protection that it has from its keeper, if any: when memory is short the kernel is to end a
+/// server before the agent and the shims. What makes a process more likely to be ended is left as it is.
+/// Values: https://man7.org/linux/man-pages/man5/proc_pid_oom_score_adj.5.html
+///
+/// # Errors
+/// The value can't be read or set.
+pub fn unprotect(pid: i32) -> io::Result<()> {
+    lift(Path::new(&format!("/proc/{pid}/oom_score_adj")))
+}
+
+#[allow(clippy::disallowed_methods, reason = "no file on a disk: the kernel takes the value whole or not at all")]
+fn lift(adjustment: &Path) -> io::Result<()> {
+    let protected = fs::read_to_string(adjustment)?.trim_start().starts_with('-');
+    if protected { fs::write(adjustment, "0") } else { Ok(()) }
 }
 
 fn counter(of: &membership::Membership, own: Option<&Path>) -> Option<Counter> {
@@ -131,6 +147,18 @@ mod tests {
     fn write(place: &Path, name: &str, text: &str) {
         fs::create_dir_all(place).unwrap();
         fs::write(place.join(name), text).unwrap();
+    }
+
+    #[test]
+    fn only_a_protection_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("oom_score_adj");
+        for (before, after) in [("-500\n", "0"), ("-1\n", "0"), ("0\n", "0\n"), ("300\n", "300\n")] {
+            fs::write(&file, before).unwrap();
+            lift(&file).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), after, "{before}");
+        }
+        assert!(lift(&folder.path().join("absent")).is_err());
     }
 
     fn kill(counter: Option<Counter>) -> Option<bool> {

@@ -142,6 +142,9 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
             None
         }
     };
+    if let Err(error) = oom::unprotect(held.pid) {
+        tell(&format!("note the kernel spares it as it does its keeper when memory is short: {error}"));
+    }
     let oom = oom::watch(held.pid, cgroup.as_ref().map(|own| own.path.as_path()));
     let file = if format >= 2 { FileId::of(&executable).ok() } else { None };
     let mut record = Record {

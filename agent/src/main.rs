@@ -53,6 +53,7 @@ enum Sub {
 }
 
 fn main() -> ExitCode {
+    drover_proto::allocator::bound_arenas();
     let command = Command::parse();
     if matches!(command.subcommand, Some(Sub::Proxy(_))) {
         // It outlives the agent: whoever waits for the end of a pipe that the agent has inherited would wait for it too.

@@ -4,6 +4,7 @@ use clap::Parser as _;
 use drover_coordinator::{config, serve};
 
 fn main() -> std::process::ExitCode {
+    drover_proto::allocator::bound_arenas();
     let args = config::Args::parse();
     let result = config::Config::from_args(args).and_then(|config| {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

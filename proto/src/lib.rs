@@ -4,6 +4,7 @@
 //! programs connect ([`transport`], [`http_server`]), statuses with details ([`status`]), the text forms of messages ([`text`]) and how
 //! configuration files are read ([`config`]). Must never: know etcd, processes or placement.
 
+pub mod allocator;
 pub mod arguments;
 pub mod config;
 pub mod files;

@@ -2,13 +2,15 @@
 //!
 //! | file | what it is for |
 //! |---|---|
-//! | `stop` | what a request to stop means, and what is done about it |
+//! | `request` | PURE: what a request to stop is about |
+//! | `stop` | what is done about it |
 //! | `unwanted` | the desired state: instances that are wanted no more, deployments that ask for fewer |
 //! | `ask` | the nodes: what runs there, and its end |
 //! | `outcome` | PURE: answers for people |
 
 mod ask;
 mod outcome;
+mod request;
 mod stop;
 #[cfg(test)]
 mod tests;

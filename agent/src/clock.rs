@@ -1,9 +1,14 @@
 //! The agent's clocks: the only place where it reads time other than tokio's.
 
+use drover_proto::world;
 use prost_types::Timestamp;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-pub use drover_shim::clock::boottime_ns;
+/// Nanoseconds since boot, suspended time included (CLOCK_BOOTTIME).
+#[must_use]
+pub fn boottime_ns() -> u64 {
+    world::boottime_ns(drover_shim::clock::boottime_ns)
+}
 
 /// Time since boot, suspended time included (CLOCK_BOOTTIME).
 #[must_use]
@@ -14,9 +19,13 @@ pub fn boottime() -> Duration {
 /// The wall clock, for messages.
 #[must_use]
 pub fn now() -> Timestamp {
-    #[allow(clippy::disallowed_methods, reason = "this is the agent's clock module")]
-    let now = SystemTime::now();
-    Timestamp::from(now)
+    Timestamp::from(world::wall())
+}
+
+/// The moment of the wall clock after this time.
+#[must_use]
+pub fn after(time: Duration) -> Timestamp {
+    Timestamp::from(world::wall() + time)
 }
 
 /// How long from now until a moment of the wall clock; zero when it has passed.

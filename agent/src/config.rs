@@ -72,6 +72,8 @@ pub struct Settings {
     pub return_within: Duration,
     /// Restarts.
     pub restarts: Restarts,
+    /// How many servers are launched at a time.
+    pub launches_at_once: u32,
     /// Below which cgroup the instances get their own.
     pub cgroup_root: host::cgroup::Root,
 }
@@ -170,6 +172,12 @@ impl Flags {
         }
         let spool_bytes_max = file.spool_bytes_max.unwrap_or(64 << 20);
         ensure!(spool_bytes_max >= 64 << 10, "spool_bytes_max = {spool_bytes_max}: must be at least {}", 64 << 10);
+        let launches_at_once = match self.launches_at_once.or(file.launches_at_once) {
+            Some(launches) => launches,
+            // One reads while another computes.
+            None => host::machine::cpus().unsigned_abs().saturating_mul(2).max(1),
+        };
+        ensure!(launches_at_once > 0, "launches_at_once = 0: must be at least 1");
         Ok(Settings {
             llama_server: llama_server(self.llama_server.or(file.llama_server))?,
             llama_server_environment: environment,
@@ -192,6 +200,7 @@ impl Flags {
             spool_bytes_max,
             return_within,
             restarts: file.restarts,
+            launches_at_once,
             cgroup_root: host::cgroup::Root::parse(file.cgroup_root.as_deref())?,
             node,
             coordinators,

@@ -14,6 +14,7 @@ pub mod instance;
 pub mod link;
 pub mod lock;
 pub mod model;
+pub mod mutant;
 pub mod orphans;
 pub mod proxy;
 pub mod serve;

@@ -9,7 +9,13 @@ use nix::{
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            fs::{MetadataExt as _, OpenOptionsExt as _},
+            net::{SocketAddr, UnixListener},
+        },
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -59,6 +65,22 @@ pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> 
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err((_, error)) => bail!("{}: {error}", path.display()),
+        }
+    }
+}
+
+/// Takes a session for this process: the name of an abstract socket, which the kernel gives to one process of the host (of
+/// its network namespace) at a time, wherever its state folder lies. `None` when another process has it; `Some(None)` where
+/// there are no such names.
+#[must_use]
+pub fn session(id: &str) -> Option<Option<UnixListener>> {
+    let name = SocketAddr::from_abstract_name(format!("drover-session-{id}"));
+    match name.and_then(|name| UnixListener::bind_addr(&name)) {
+        Ok(held) => Some(Some(held)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+        Err(error) => {
+            tracing::warn!(%error, "whether another agent of this host has this session can't be told");
+            Some(None)
         }
     }
 }

@@ -7,9 +7,11 @@ use crate::{
         arguments::{self, Known},
         board::Board,
         context::{Context, Events},
+        machine::Local,
         registry::Registry,
         routes::Routes,
         session::Deadline,
+        turns::Turns,
     },
     link,
     lock::{self, Lock},
@@ -39,7 +41,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Agent {
     settings: Arc<Settings>,
-    context: Arc<Context>,
+    proxy: ProxyHandle,
     link: link::Link,
     _lock: Lock,
 }
@@ -65,19 +67,21 @@ impl Agent {
             cgroup_base,
             boot_id: host::processes::boot_id().context("boot id")?,
             known,
-            routes: Routes::new(proxy.clone()),
+            routes: Routes::new(Arc::new(proxy.clone())),
             board: Board::default(),
+            turns: Turns::new(settings.launches_at_once),
             session: Deadline::default(),
             events,
             taken_bytes: AtomicI64::new(0),
             settings: settings.clone(),
+            machine: Arc::new(Local),
         });
         let registry = Arc::new(Registry::adopt(context.clone()).await.context("what earlier agents left")?);
         tokio::spawn(tell_of_proxies(context.clone(), proxy.clone()));
         let proxy_address = settings.proxy_advertise.clone().unwrap_or_else(|| proxy.address().to_string());
         let link = link::start(link::Parts {
             registry,
-            target: Target::new(&settings.coordinators, &settings.security, Some(&settings.node))?,
+            coordinators: Arc::new(Target::new(&settings.coordinators, &settings.security, Some(&settings.node))?),
             about: link::session::About {
                 machine_id: host::machine::id(&settings.state_dir)?,
                 boot_id: context.boot_id.clone(),
@@ -93,13 +97,13 @@ impl Agent {
             telemetry,
         })
         .await?;
-        Ok(Self { settings, context, link, _lock: lock })
+        Ok(Self { settings, proxy, link, _lock: lock })
     }
 
     /// Address of the host's proxy.
     #[must_use]
     pub fn proxy_address(&self) -> String {
-        self.context.routes.proxy().address().to_string()
+        self.proxy.address().to_string()
     }
 
     /// Waits for the session and writes the ready file. One that can't be written is told, and ends no agent: the disk may

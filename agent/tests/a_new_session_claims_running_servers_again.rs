@@ -24,6 +24,23 @@ async fn and_raises_the_token_on_disk_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn and_does_so_in_a_restored_store_whose_revisions_are_lower() {
+    let node = Node::start().await;
+    let before = node.run("tiny-234567").await;
+    {
+        let mut state = node.coordinator.state();
+        (state.generation, state.revision) = (2, 10);
+    }
+    node.coordinator.expire();
+    let after = node.report("the higher token", "tiny-234567", |r| r.token > before.token).await;
+    assert_eq!((after.state(), after.pid), (InstanceState::Ready, before.pid));
+    let token = after.token.unwrap();
+    assert!(token.generation == 2 && token.revision < before.token.unwrap().revision, "{token}");
+    assert_eq!(node.record("tiny-234567").token.generation, 2);
+    assert_eq!(node.spec("tiny-234567").token.generation, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn and_keeps_them_running_while_another_holds_the_claim_until_it_is_told_to_yield() {
     let node = Node::start().await;
     let before = node.run("tiny-234567").await;
@@ -74,4 +91,45 @@ async fn and_an_older_store_is_refused() {
     node.coordinator.state().generation = 0;
     node.coordinator.cut();
     wait_for("the refusal", || node.log().contains("an older copy of the store").then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn and_a_store_that_was_lost_and_begun_anew_ends_no_server() {
+    let node = Node::start().await;
+    let before = node.run("tiny-234567").await;
+    {
+        // It knows of nothing, whatever its revisions and its generation are.
+        let mut state = node.coordinator.state();
+        (state.store_id, state.generation) = ("store-2".to_owned(), 2);
+        state.end_runs = vec![EndRun { instance: "tiny-234567".to_owned(), yields_to: None }];
+    }
+    node.coordinator.expire();
+    wait_for("the refusal", || node.log().contains("begun anew").then_some(())).await;
+    assert!(is_alive(before.pid));
+    // The one that it knows is back.
+    {
+        let mut state = node.coordinator.state();
+        (state.store_id, state.generation, state.end_runs) = ("store-1".to_owned(), 1, vec![]);
+    }
+    node.coordinator.expire();
+    let after = node.report("the higher token", "tiny-234567", |r| r.token > before.token).await;
+    assert_eq!(after.pid, before.pid);
+    let hello = node.coordinator.state().hellos.last().unwrap().clone();
+    assert_eq!((hello.store_id.as_str(), hello.store_generation), ("store-1", 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn and_an_older_copy_of_the_store_ends_none_either() {
+    let node = Node::start().await;
+    let before = node.run("tiny-234567").await;
+    let revision = {
+        let mut state = node.coordinator.state();
+        std::mem::replace(&mut state.revision, 10)
+    };
+    node.coordinator.expire();
+    wait_for("the refusal", || node.log().contains("an older copy of the store").then_some(())).await;
+    assert!(is_alive(before.pid));
+    node.coordinator.state().revision = revision;
+    node.coordinator.expire();
+    node.report("the higher token", "tiny-234567", |r| r.token > before.token).await;
 }

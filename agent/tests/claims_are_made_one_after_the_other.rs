@@ -87,3 +87,10 @@ async fn none_is_made_for_what_this_host_can_not_run() {
     }
     assert_eq!(node.coordinator.state().claims, []);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_offer_stands_for_its_time_whatever_the_coordinator_s_clock_shows() {
+    let node = Node::start().await;
+    node.coordinator.state().clock_ahead = -10_000;
+    node.run("tiny-234567").await;
+}

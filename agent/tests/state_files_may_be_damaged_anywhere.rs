@@ -95,7 +95,15 @@ async fn a_thousand_ways() {
         oom_killed: Some(false),
     };
     durable::write(&copies.exit(), &exit).unwrap();
-    let session = Stored { session_id: "session-5".to_owned(), store_generation: 3, cluster_id: 7, halt_generation: 2 };
+    let session = Stored {
+        session_id: "session-5".to_owned(),
+        store_generation: 3,
+        cluster_id: 7,
+        halt_generation: 2,
+        store_id: "store-1".to_owned(),
+        store_revision: 50,
+        next_session_id: "session-6".to_owned(),
+    };
     stored::write(copies.path(), &session).unwrap();
     let results = [
         thousand(&copies.spec(), || durable::read::<Spec>(&copies.spec())),

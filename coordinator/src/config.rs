@@ -35,8 +35,11 @@ pub struct Config {
     pub etcd_endpoints: Vec<String>,
     /// Prefix of every key, so that several fleets can share one etcd.
     pub etcd_prefix: String,
-    /// Where spans wait that are not exported yet.
+    /// Where spans wait that are not exported yet, and which store this is is written down.
     pub data_dir: PathBuf,
+    /// Take the store as it is, though it is not the one used before.
+    #[serde(skip)]
+    pub new_store: bool,
     /// File that holds the join secret.
     pub join_secret_file: Option<PathBuf>,
     /// Accept and send the secret unencrypted beyond loopback.
@@ -51,6 +54,13 @@ pub struct Config {
     pub offer_candidates: usize,
     /// Time from an offer to its deadline, in milliseconds.
     pub offer_deadline_ms: u64,
+    /// Share of the nodes seen in the last hour that may be lost, in percent: above it nothing is replaced until they come back
+    /// or an operator says so. 100: never frozen.
+    pub freeze_share_percent: u32,
+    /// Lost instances that may be claimed elsewhere at once.
+    pub replace_burst: u32,
+    /// Lost instances that may be claimed elsewhere a second, beyond the burst.
+    pub replace_per_s: u32,
     /// What is logged: directives of tracing's EnvFilter.
     pub log_filter: String,
     /// Log lines as JSON.
@@ -72,6 +82,7 @@ impl Default for Config {
             etcd_endpoints: vec!["http://127.0.0.1:2379".to_owned()],
             etcd_prefix: "/drover/".to_owned(),
             data_dir: PathBuf::from("/var/lib/drover/coordinator"),
+            new_store: false,
             join_secret_file: None,
             allow_plaintext: false,
             gateway: crate::gateway::Settings::default(),
@@ -79,6 +90,9 @@ impl Default for Config {
             heartbeat_interval_ms: ms(limits::HEARTBEAT_INTERVAL),
             offer_candidates: 3,
             offer_deadline_ms: 5000,
+            freeze_share_percent: 55,
+            replace_burst: 50,
+            replace_per_s: 10,
             log_filter: "info".to_owned(),
             log_json: false,
             spool_bytes_max: 64 << 20,
@@ -123,13 +137,17 @@ pub struct Args {
     /// Where spans wait that are not exported yet.
     #[arg(long, env = "DROVER_DATA_DIR")]
     data_dir: Option<PathBuf>,
+    /// Take the store as it is, though it is empty, or not the one that this replica has used before: for one whose content
+    /// is lost for good. End all servers first (drover-agent down on each host).
+    #[arg(long)]
+    new_store: bool,
     /// File that holds the join secret.
     #[arg(long, env = "DROVER_JOIN_SECRET_FILE")]
     join_secret_file: Option<PathBuf>,
     /// Accept and send the join secret unencrypted beyond loopback.
     #[arg(long, env = "DROVER_ALLOW_PLAINTEXT")]
     allow_plaintext: bool,
-    /// What is logged, for example "info,drover_coordinator=debug".
+    /// What is logged, for example "info,drover_coordinator=debug". DROVER_LOG_FILTER, the agent's name for it, is read too.
     #[arg(long, env = "DROVER_LOG")]
     log_filter: Option<String>,
     /// Log lines as JSON.
@@ -147,11 +165,14 @@ impl Config {
         macro_rules! lay_over {
             ($($key:ident),*) => { $( if let Some(value) = args.$key { config.$key = value; } )* };
         }
+        // The agent's name for it: one variable for both programs of a host.
+        config.log_filter = std::env::var("DROVER_LOG_FILTER").unwrap_or(config.log_filter);
         lay_over!(id, grpc_listen, http_listen, store, etcd_endpoints, etcd_prefix, data_dir, log_filter);
         config.join_secret_file = args.join_secret_file.or(config.join_secret_file);
         config.ready_file = args.ready_file.or(config.ready_file);
         config.allow_plaintext |= args.allow_plaintext;
         config.log_json |= args.log_json;
+        config.new_store = args.new_store;
         if config.id.is_empty() {
             let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
             config.id = format!("{}-{}", host.trim(), std::process::id());
@@ -176,6 +197,14 @@ impl Config {
         }
         if self.offer_candidates == 0 || self.offer_candidates > 1000 {
             bail!("offer_candidates = {}: use 1 to 1000", self.offer_candidates);
+        }
+        if !(1..=100).contains(&self.freeze_share_percent) {
+            bail!("freeze_share_percent = {}: use 1 to 100", self.freeze_share_percent);
+        }
+        for (key, value) in [("replace_burst", self.replace_burst), ("replace_per_s", self.replace_per_s)] {
+            if !(1..=100_000).contains(&value) {
+                bail!("{key} = {value}: use 1 to 100000");
+            }
         }
         if self.store == StoreKind::Etcd && self.etcd_endpoints.is_empty() {
             bail!("etcd_endpoints: is empty; name at least one, for example http://127.0.0.1:2379");

@@ -8,6 +8,7 @@ pub mod audit;
 pub mod config;
 pub mod control;
 pub mod gateway;
+pub mod invariants;
 pub mod plan;
 pub mod serve;
 pub mod store;

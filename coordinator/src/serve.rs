@@ -4,24 +4,30 @@ use crate::{
     api,
     audit::{self, Audit},
     config::{Config, StoreKind},
-    control::{claims::Claims, cycle::Cycle, events::Events, leader, sessions, status::Statuses, view::View},
+    control::{
+        absences::Absences, claims::Claims, clock, cycle::Cycle, events::Events, leader, reach::Reach, seen::Rate,
+        sessions, status::Statuses, view::View,
+    },
     gateway::Gateway,
-    plan,
-    store::{Store, etcd, keys, memory, schema},
+    plan::{self, snapshot::Snapshot},
+    store::{
+        Store, etcd, memory,
+        schema::{self, Known},
+    },
     web,
 };
 use anyhow::Context as _;
 use drover_proto::{
     DESCRIPTORS, VERSION, limits,
+    store::v1::Schema,
     transport::{self, Admit, Security},
     v1::{fleet_service_server::FleetServiceServer, node_service_server::NodeServiceServer},
 };
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::TraceServiceServer;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
 };
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -59,19 +65,29 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     telemetry.start_export(audit.local_sink());
     let view = View::start(store.clone(), stop.clone());
     let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
+    let reach = Reach::start(store.clone(), view.clone(), events.clone(), stop.clone());
     let (leadership, mut election) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
-    let (tell_unplaced, unplaced) = watch::channel(BTreeMap::new());
-    let mut cycle = tokio::spawn(cycle(&config, &store, &view, &events, tell_unplaced).run(leadership, stop.clone()));
+    let absences = Absences {
+        store: store.clone(),
+        view: view.clone(),
+        leadership: leadership.clone(),
+        events: events.clone(),
+        coordinator: config.id.clone(),
+    };
+    let absences = tokio::spawn(absences.run(stop.clone()));
+    let mut cycle = tokio::spawn(cycle(&config, &store, &view, &events).run(leadership, stop.clone()));
 
     let gateway = Gateway::new(config.gateway.clone(), http_address, &security, view.subscribe());
     let statuses = Statuses::new(store.clone(), view.clone(), events.clone());
     let sessions = sessions::Sessions {
         store: store.clone(),
         view: view.clone(),
+        reach: reach.clone(),
         events: events.clone(),
         statuses,
         audit: audit.clone(),
         shares: sessions::Cache::default(),
+        refusals: sessions::Refusals::default(),
         settings: sessions::Settings {
             coordinator: config.id.clone(),
             ttl: Duration::from_millis(config.session_ttl_ms),
@@ -80,9 +96,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stop: stop.clone(),
     };
     let node = api::Node::new(sessions, Claims::new(store.clone(), view.clone(), events.clone()));
-    let fleet = api::Fleet::new(store.clone(), view.clone(), events.clone(), unplaced, gateway.proxies(), stop.clone());
+    let fleet = api::Fleet::new(
+        store.clone(),
+        view.clone(),
+        events.clone(),
+        gateway.proxies(),
+        config.freeze_share_percent,
+        stop.clone(),
+    );
     let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
-    let probe = Arc::new(Probe { view: view.clone(), store, audit });
+    let probe = Arc::new(Probe { reach, audit, freeze_share_percent: config.freeze_share_percent });
     let router = web::router(&gateway, view.subscribe(), probe);
     let mut http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
 
@@ -109,6 +132,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         // A task that has been looked at after its end may not be asked again.
         if failed.is_none() {
             let _ = election.await;
+            let _ = absences.await;
             let _ = http_server.await;
             let _ = grpc_server.await;
         }
@@ -118,6 +142,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         tracing::warn!("not everything ended within {} s", DRAIN.as_secs());
+    }
+    if config.store == StoreKind::Etcd
+        && let Some(known) = Known::of(&view.snapshot())
+        && let Err(error) = remember(&config.data_dir.join("store"), &known)
+    {
+        tracing::warn!("{error:#}");
     }
     telemetry.shutdown(FLUSH).await;
     failed
@@ -139,18 +169,48 @@ async fn open_store(config: &Config) -> anyhow::Result<Store> {
             Arc::new(etcd::Etcd::connect(settings).await?)
         }
     };
-    let schema = schema::open(&store).await?;
+    // What is in memory is new each time.
+    let file = config.data_dir.join("store");
+    let known = match config.store {
+        StoreKind::Etcd if !config.new_store => remembered(&file)?,
+        StoreKind::Etcd | StoreKind::Memory => None,
+    };
+    let schema = schema::open(&store, known.as_ref()).await.map_err(|error| match error {
+        schema::Error::Changed(why) => anyhow::anyhow!(
+            "{why} (as {} says): restore the store; if it is lost, end all servers and start with --new-store",
+            file.display()
+        ),
+        error => error.into(),
+    })?;
+    if config.store == StoreKind::Etcd {
+        let Schema { id, generation, .. } = schema.value.clone();
+        remember(&file, &Known { id, generation, revision: schema.mod_revision })?;
+    }
     tracing::info!(generation = schema.value.generation, format = schema.value.format, "the store is open");
     Ok(store)
 }
 
-fn cycle(
-    config: &Config,
-    store: &Store,
-    view: &View,
-    events: &Events,
-    unplaced: watch::Sender<BTreeMap<String, String>>,
-) -> Cycle {
+/// The store that this replica has used before, so that an empty or older one is not taken for it after a restart.
+fn remembered(file: &Path) -> anyhow::Result<Option<Known>> {
+    match std::fs::read(file) {
+        Ok(content) => {
+            let known = serde_json::from_slice(&content);
+            Ok(Some(known.with_context(|| format!("{} can't be read: remove it", file.display()))?))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| file.display().to_string()),
+    }
+}
+
+fn remember(file: &Path, known: &Known) -> anyhow::Result<()> {
+    let write = || {
+        std::fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+        drover_proto::files::write_atomically(file, &serde_json::to_vec(known)?)
+    };
+    write().with_context(|| format!("{}: which store this is can't be written down", file.display()))
+}
+
+fn cycle(config: &Config, store: &Store, view: &View, events: &Events) -> Cycle {
     Cycle {
         store: store.clone(),
         view: view.clone(),
@@ -160,29 +220,27 @@ fn cycle(
             offer_deadline_ms: i64::try_from(config.offer_deadline_ms).unwrap_or(i64::MAX),
             grace_ms: i64::try_from(config.session_ttl_ms).unwrap_or(i64::MAX),
             revisions_kept: 10,
+            freeze_share_percent: config.freeze_share_percent,
         },
+        replace_rate: Rate { burst: config.replace_burst, per_s: config.replace_per_s },
         seed: rand::random(),
-        unplaced,
     }
 }
 
 /// What `/readyz` and `/metrics` ask for.
 struct Probe {
-    view: View,
-    store: Store,
+    reach: Reach,
     audit: Audit,
+    freeze_share_percent: u32,
 }
 
-#[async_trait::async_trait]
 impl web::Probe for Probe {
-    async fn ready(&self) -> Result<(), String> {
-        if !self.view.live() {
-            return Err("the view of the store is stale: its watch is being made again".to_owned());
-        }
-        match self.store.get(keys::SCHEMA).await {
-            Ok(_) => Ok(()),
-            Err(error) => Err(error.to_string()),
-        }
+    fn store_lost(&self) -> Option<web::StoreLost> {
+        self.reach.lost().map(|lost| web::StoreLost { elapsed: lost.elapsed(), why: lost.why.to_string() })
+    }
+
+    fn freeze(&self, snapshot: &Snapshot) -> plan::Freeze {
+        plan::Freeze::of(snapshot, clock::now_ms(), self.freeze_share_percent)
     }
 
     fn spans_received(&self) -> u64 {

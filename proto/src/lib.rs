@@ -1,8 +1,8 @@
 //! The contract between Drover's programs: generated code, and the few things that both sides must agree on.
 //!
 //! Owns: messages and services ([`v1`], [`store`]), names and ids ([`ids`]), bounds ([`limits`]), who a peer is and how
-//! programs connect ([`transport`], [`http_server`]), statuses with details ([`status`]), the text forms of messages ([`text`]) and how
-//! configuration files are read ([`config`]). Must never: know etcd, processes or placement.
+//! programs connect ([`transport`], [`http_server`]), statuses with details ([`status`]), the text forms of messages ([`text`]), how
+//! configuration files are read ([`config`]), and where programs meet time and chance ([`world`]). Must never: know etcd, processes or placement.
 
 pub mod allocator;
 pub mod arguments;
@@ -11,10 +11,12 @@ pub mod files;
 pub mod http_server;
 pub mod ids;
 pub mod limits;
+pub mod mutant;
 pub mod status;
 pub mod text;
 pub mod token;
 pub mod transport;
+pub mod world;
 
 /// Package `drover.v1`: the public contract.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unused_qualifications, rust_2018_idioms)]

@@ -30,6 +30,8 @@ pub mod reason {
     pub const SESSION_EXISTS: &str = "SESSION_EXISTS";
     /// The session is not the one named, or has moved on: resume first.
     pub const SESSION_MOVED: &str = "SESSION_MOVED";
+    /// The store is not the one that the caller knows, or an older copy of it.
+    pub const STORE_CHANGED: &str = "STORE_CHANGED";
     /// Somebody holds a claim on the instance.
     pub const ALREADY_CLAIMED: &str = "ALREADY_CLAIMED";
     /// The offer was withdrawn, replaced, used, or names other nodes.

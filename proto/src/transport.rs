@@ -285,11 +285,16 @@ impl Target {
 
     /// Connects to the first coordinator that answers, beginning with number `first` of the list.
     pub async fn connect(&self, first: usize) -> Result<Connection, Error> {
+        self.connect_from(first).await.map(|(_, connection)| connection)
+    }
+
+    /// As [`Target::connect`]; says also which number of the list answered.
+    pub async fn connect_from(&self, first: usize) -> Result<(usize, Connection), Error> {
         let mut last = String::new();
         for i in 0..self.endpoints.len() {
-            let n = (first + i) % self.endpoints.len();
+            let n = first.wrapping_add(i) % self.endpoints.len();
             match self.endpoints[n].connect().await {
-                Ok(channel) => return Ok(InterceptedService::new(channel, self.present.clone())),
+                Ok(channel) => return Ok((n, InterceptedService::new(channel, self.present.clone()))),
                 Err(error) => last = chain(&error),
             }
         }

@@ -1,17 +1,16 @@
 //! A whole fleet of real parts on one machine: etcd, coordinators, agents, llama-servers.
+//!
+//! Owns: the parts, and how each is started, ended, killed and halted. Coordinators keep their addresses for the life of
+//! the fleet, so that they can be restarted under living agents. What an operator does with it is in [`operate`].
+
+mod operate;
 
 use crate::{
-    etcd::Etcd,
-    programs::{Running, eventually, llama_server, processes_with, program},
+    etcd::{Etcd, free_port},
+    link::Link,
+    programs::{Running, llama_server, processes_with, program},
 };
-use anyhow::{Context as _, bail, ensure};
-use drover_proto::{
-    transport::{Connection, Secret, Security, Target},
-    v1::{
-        ApplyDeploymentRequest, DeleteDeploymentRequest, Deployment, DeploymentSpec, GetDeploymentRequest, Instance,
-        InstanceState, ListInstancesRequest, ListNodesRequest, fleet_service_client::FleetServiceClient,
-    },
-};
+use anyhow::{Context as _, ensure};
 use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
@@ -25,6 +24,9 @@ use tempfile::TempDir;
 pub const SECRET: &str = "canary-7f3a-join-secret-of-the-tests";
 /// Longest wait for something that takes well under a second on an idle machine.
 pub const SOON: Duration = Duration::from_secs(30);
+
+/// Starts tried, each with other ports, when one turned out to be taken.
+const STARTS: usize = 5;
 
 /// How a fleet is to be.
 #[derive(Debug, Clone)]
@@ -41,6 +43,8 @@ pub struct Plan {
     pub environment: Vec<(String, String)>,
     /// Environment of coordinators only.
     pub coordinator_environment: Vec<(String, String)>,
+    /// Each coordinator reaches etcd through a line of its own, which can be cut: see [`Coordinator::link`].
+    pub links: bool,
 }
 
 impl Default for Plan {
@@ -52,6 +56,7 @@ impl Default for Plan {
             agent_toml: String::new(),
             environment: Vec::new(),
             coordinator_environment: Vec::new(),
+            links: false,
         }
     }
 }
@@ -59,12 +64,14 @@ impl Default for Plan {
 /// A coordinator and its addresses.
 #[derive(Debug)]
 pub struct Coordinator {
-    /// The process.
-    pub running: Running,
-    /// gRPC, "host:port".
+    /// The process; `None` while it is down.
+    pub running: Option<Running>,
+    /// gRPC, "host:port"; the same over restarts.
     pub grpc: String,
-    /// HTTP, "host:port".
+    /// HTTP, "host:port"; the same over restarts.
     pub http: String,
+    /// Its way to etcd, where the plan asks for one that can be cut.
+    pub link: Option<Link>,
 }
 
 /// An agent.
@@ -87,6 +94,8 @@ pub struct Cluster {
     pub agents: Vec<Agent>,
     /// The store.
     pub etcd: Etcd,
+    /// Index of the coordinator that is asked where none is named.
+    pub asked: usize,
     plan: Plan,
     folder: TempDir,
 }
@@ -104,10 +113,9 @@ impl Cluster {
         fs::write(&secret, SECRET)?;
         fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
         let etcd = Etcd::start().await?;
-        let mut cluster = Self { coordinators: Vec::new(), agents: Vec::new(), etcd, plan, folder };
+        let mut cluster = Self { coordinators: Vec::new(), agents: Vec::new(), etcd, asked: 0, plan, folder };
         for n in 0..cluster.plan.coordinators {
-            let coordinator = cluster.start_coordinator(n).await?;
-            cluster.coordinators.push(coordinator);
+            cluster.add_coordinator(n).await?;
         }
         for n in 0..cluster.plan.agents {
             let agent = cluster.prepare_agent(n)?;
@@ -126,16 +134,6 @@ impl Cluster {
         self.folder.path()
     }
 
-    /// Ends a coordinator and starts it again, on other ports.
-    ///
-    /// # Errors
-    /// When it does not end cleanly or does not come up.
-    pub async fn restart_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
-        self.coordinators[n].running.terminate(SOON).await?;
-        self.coordinators[n] = self.start_coordinator(n).await?;
-        Ok(())
-    }
-
     /// Text that every process of this fleet has in its command line.
     #[must_use]
     pub fn mark(&self) -> String {
@@ -148,14 +146,48 @@ impl Cluster {
         self.folder.path().join("models/tiny.gguf")
     }
 
-    async fn start_coordinator(&self, n: usize) -> anyhow::Result<Coordinator> {
+    /// Finds a coordinator its addresses and starts it.
+    async fn add_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
+        let link = if self.plan.links { Some(Link::to(&self.etcd.endpoints()[0]).await?) } else { None };
+        self.coordinators.push(Coordinator { running: None, grpc: String::new(), http: String::new(), link });
+        for left in (0..STARTS).rev() {
+            let coordinator = &mut self.coordinators[n];
+            for address in [&mut coordinator.grpc, &mut coordinator.http] {
+                *address = format!("127.0.0.1:{}", free_port()?);
+            }
+            match self.start_coordinator(n).await {
+                Ok(()) => break,
+                Err(error) if left > 0 && format!("{error:#}").contains("in use") => {
+                    eprintln!("a port was taken meanwhile, others are tried: {error:#}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a coordinator (again), at its addresses, and waits until it serves.
+    ///
+    /// # Errors
+    /// When it does not come up; with the end of its log.
+    pub async fn start_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
+        self.spawn_coordinator(n)?;
+        self.coordinator_ready(n).await
+    }
+
+    /// Starts a coordinator (again), at its addresses, and waits for nothing.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn spawn_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
+        let Coordinator { grpc, http, link, .. } = &self.coordinators[n];
+        let etcd = link.as_ref().map_or_else(|| self.etcd.endpoints(), |link| vec![link.endpoint()]);
         let name = format!("coordinator-{n}");
         let config = self.folder.path().join(format!("{name}.toml"));
         let text = format!(
-            "id = '{name}'\ngrpc_listen = '127.0.0.1:0'\nhttp_listen = '127.0.0.1:0'\nstore = 'etcd'\n\
-             etcd_endpoints = {:?}\ndata_dir = '{folder}/{name}'\njoin_secret_file = '{folder}/secret'\n\
+            "id = '{name}'\ngrpc_listen = '{grpc}'\nhttp_listen = '{http}'\nstore = 'etcd'\n\
+             etcd_endpoints = {etcd:?}\ndata_dir = '{folder}/{name}'\njoin_secret_file = '{folder}/secret'\n\
              log_filter = 'info,drover_coordinator=debug'\n{}",
-            self.etcd.endpoints(),
             self.plan.coordinator_toml,
             folder = self.folder.path().display(),
         );
@@ -163,10 +195,53 @@ impl Cluster {
         let arguments = ["--config".to_owned(), config.display().to_string()];
         let binary = program("drover-coordinator");
         let environment = [self.plan.environment.clone(), self.plan.coordinator_environment.clone()].concat();
-        let mut running = Running::start(&binary, &name, self.folder.path(), &arguments, &environment)?;
-        let addresses = running.ready(SOON).await?;
-        let address = |key: &str| addresses[key].as_str().map(str::to_owned).context("no address in the ready file");
-        Ok(Coordinator { grpc: address("grpc")?, http: address("http")?, running })
+        let running = Running::start(&binary, &name, self.folder.path(), &arguments, &environment)?;
+        self.coordinators[n].running = Some(running);
+        Ok(())
+    }
+
+    /// Waits until a coordinator serves.
+    ///
+    /// # Errors
+    /// When it ends, or takes too long.
+    pub async fn coordinator_ready(&mut self, n: usize) -> anyhow::Result<()> {
+        self.coordinators[n].running.as_mut().context("the coordinator is down")?.ready(SOON).await?;
+        Ok(())
+    }
+
+    /// Ends a coordinator in order (SIGTERM).
+    ///
+    /// # Errors
+    /// When it does not end, or not cleanly.
+    pub async fn stop_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
+        let mut running = self.coordinators[n].running.take().context("the coordinator is down")?;
+        let status = running.terminate(SOON).await?;
+        ensure!(status.success(), "coordinator-{n} ended with {status}:\n{}", running.log_tail());
+        Ok(())
+    }
+
+    /// Ends a coordinator at once (SIGKILL).
+    ///
+    /// # Errors
+    /// When it is down.
+    pub fn kill_coordinator(&mut self, n: usize) -> anyhow::Result<()> {
+        self.coordinators[n].running.take().context("the coordinator is down")?.kill()
+    }
+
+    /// Halts an agent where it is (SIGSTOP); what it has started are processes of their own, and go on.
+    ///
+    /// # Errors
+    /// When it is down, or does not stop.
+    pub async fn pause_agent(&self, n: usize) -> anyhow::Result<()> {
+        self.agents[n].running.as_ref().context("the agent is down")?.pause().await
+    }
+
+    /// Lets an agent go on after [`Cluster::pause_agent`].
+    ///
+    /// # Errors
+    /// When it is down.
+    pub fn resume_agent(&self, n: usize) -> anyhow::Result<()> {
+        self.agents[n].running.as_ref().context("the agent is down")?.resume()
     }
 
     fn prepare_agent(&self, n: usize) -> anyhow::Result<Agent> {
@@ -176,7 +251,7 @@ impl Cluster {
         let config = folder.join(format!("agent-{node}.toml"));
         let coordinators: Vec<&str> = self.coordinators.iter().map(|c| c.grpc.as_str()).collect();
         let text = format!(
-            "node = '{node}'\ncoordinators = {coordinators:?}\nstate_dir = '{}'\nllama_server = '{}'\n\
+            "node = '{node}'\nlabels = {{ host = '{node}' }}\ncoordinators = {coordinators:?}\nstate_dir = '{}'\nllama_server = '{}'\n\
              model_roots = ['{folder}/models']\nproxy_listen = '127.0.0.1:0'\nmemory_bytes = 68719476736\n\
              join_secret_file = '{folder}/secret'\nlog_filter = 'info,drover_agent=debug'\n{}",
             state_dir.display(),
@@ -211,129 +286,10 @@ impl Cluster {
         Ok(())
     }
 
-    /// A connection to a coordinator, as an operator.
-    ///
-    /// # Errors
-    /// When it can't be reached.
-    pub async fn client(&self, n: usize) -> anyhow::Result<FleetServiceClient<Connection>> {
-        Ok(FleetServiceClient::new(self.connect(n, None).await?))
-    }
-
-    /// A connection to a coordinator, as a node when one is named.
-    ///
-    /// # Errors
-    /// When it can't be reached.
-    pub async fn connect(&self, n: usize, node: Option<&str>) -> anyhow::Result<Connection> {
-        let security = Security { secret: Secret::new(SECRET), allow_plaintext: false };
-        Ok(Target::new(&[self.coordinators[n].grpc.clone()], &security, node)?.connect(0).await?)
-    }
-
-    /// A deployment of the tiny model.
-    #[must_use]
-    pub fn spec(&self, name: &str, replicas: i32) -> DeploymentSpec {
-        DeploymentSpec {
-            name: name.to_owned(),
-            model_path: "tiny.gguf".to_owned(),
-            replicas: Some(replicas),
-            slots: Some(2),
-            context_tokens: Some(2048),
-            threads: Some(1),
-            memory_bytes: Some(256 << 20),
-            drain_timeout_ms: Some(20_000),
-            ..DeploymentSpec::default()
-        }
-    }
-
-    /// Applies a new deployment and waits until all of its instances are ready.
-    ///
-    /// # Errors
-    /// When it is refused or does not become ready.
-    pub async fn deploy(&self, spec: DeploymentSpec) -> anyhow::Result<Vec<Instance>> {
-        let (name, replicas) = (spec.name.clone(), spec.replicas.unwrap_or(1));
-        self.client(0).await?.apply_deployment(ApplyDeploymentRequest { spec: Some(spec), generation: 0 }).await?;
-        self.ready(&name, replicas).await
-    }
-
-    /// Runs `drover` against a coordinator; its exit code, what it printed and what it said beside that.
-    ///
-    /// # Errors
-    /// When it can't be run.
-    pub fn drover(&self, coordinator: usize, words: &[&str]) -> anyhow::Result<(Option<i32>, String, String)> {
-        let mut command = Command::new(program("drover"));
-        command.args(["--coordinators", &self.coordinators[coordinator].grpc, "--join-secret-file"]);
-        let output = command.arg(self.folder().join("secret")).args(words).output()?;
-        Ok((output.status.code(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
-    }
-
-    /// Waits until exactly this many instances of a deployment exist, all ready.
-    ///
-    /// # Errors
-    /// When they do not become so in time; says how they are.
-    pub async fn ready(&self, name: &str, replicas: i32) -> anyhow::Result<Vec<Instance>> {
-        let mut client = self.client(0).await?;
-        let what = format!("{replicas} instances of {name} are ready");
-        let outcome = eventually(&what, SOON * 2, async || {
-            let request = ListInstancesRequest { deployment: name.to_owned(), page_size: 1000, ..Default::default() };
-            let instances = client.list_instances(request).await?.into_inner().instances;
-            let ready = instances.iter().filter(|i| i.state() == InstanceState::Ready && i.wanted).count();
-            ensure!(ready == instances.len() && ready == usize::try_from(replicas)?, "{instances:#?}");
-            Ok(instances)
-        });
-        outcome.await.with_context(|| self.logs())
-    }
-
-    /// A deployment.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub async fn deployment(&self, name: &str) -> anyhow::Result<Deployment> {
-        let request = GetDeploymentRequest { name: name.to_owned() };
-        self.client(0)
-            .await?
-            .get_deployment(request)
-            .await?
-            .into_inner()
-            .deployment
-            .context("no deployment in the answer")
-    }
-
-    /// Deletes a deployment and waits until it is gone.
-    ///
-    /// # Errors
-    /// When it is refused or does not go.
-    pub async fn delete(&self, name: &str) -> anyhow::Result<()> {
-        let mut client = self.client(0).await?;
-        client.delete_deployment(DeleteDeploymentRequest { name: name.to_owned(), generation: 0 }).await?;
-        let what = format!("{name} is gone");
-        let gone = eventually(&what, SOON * 2, async || {
-            match client.get_deployment(GetDeploymentRequest { name: name.to_owned() }).await {
-                Err(status) if status.code() == tonic::Code::NotFound => Ok(()),
-                Err(status) => Err(status.into()),
-                Ok(answer) => bail!("{:?}", answer.into_inner()),
-            }
-        });
-        gone.await.with_context(|| self.logs())
-    }
-
-    /// Waits until this many nodes are connected.
-    ///
-    /// # Errors
-    /// When they are not in time.
-    pub async fn connected(&self, nodes: usize) -> anyhow::Result<()> {
-        let mut client = self.client(0).await?;
-        eventually(&format!("{nodes} nodes are connected"), SOON, async || {
-            let listed = client.list_nodes(ListNodesRequest::default()).await?.into_inner().nodes;
-            let connected = listed.iter().filter(|n| n.connected).count();
-            ensure!(connected == nodes, "{connected} are");
-            Ok(())
-        })
-        .await
-    }
-
     /// The ends of all programs' logs.
     #[must_use]
     pub fn logs(&self) -> String {
-        let coordinators = self.coordinators.iter().map(|c| ("coordinator", &c.running));
+        let coordinators = self.coordinators.iter().filter_map(|c| Some(("coordinator", c.running.as_ref()?)));
         let agents = self.agents.iter().filter_map(|a| Some(("agent", a.running.as_ref()?)));
         coordinators.chain(agents).map(|(what, running)| format!("--- {what}\n{}\n", running.log_tail())).collect()
     }
@@ -361,9 +317,10 @@ impl Cluster {
         for n in 0..self.agents.len() {
             self.down(n).await?;
         }
-        for coordinator in &mut self.coordinators {
-            let status = coordinator.running.terminate(SOON).await?;
-            ensure!(status.success(), "a coordinator ended with {status}:\n{}", coordinator.running.log_tail());
+        for n in 0..self.coordinators.len() {
+            if self.coordinators[n].running.is_some() {
+                self.stop_coordinator(n).await?;
+            }
         }
         let mark = self.mark();
         let left = processes_with(&mark);

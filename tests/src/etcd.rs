@@ -78,6 +78,26 @@ impl Etcd {
         vec![format!("http://127.0.0.1:{}", self.port)]
     }
 
+    /// Runs `etcdctl` (of PATH, or `DROVER_ETCDCTL`), which links none of the product; what it printed.
+    ///
+    /// # Errors
+    /// When it can't be run or fails.
+    pub fn ctl(&self, words: &[&str]) -> anyhow::Result<String> {
+        let output = etcdctl(&self.endpoints()[0]).args(words).output().context("etcdctl")?;
+        ensure!(output.status.success(), "etcdctl {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        // Records are no text: of those the words in them can be found.
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// All keys below `/drover/`, without that prefix.
+    ///
+    /// # Errors
+    /// As [`Etcd::ctl`].
+    pub fn keys(&self) -> anyhow::Result<Vec<String>> {
+        let text = self.ctl(&["get", "--prefix", "/drover/", "--keys-only"])?;
+        Ok(text.lines().filter_map(|line| line.strip_prefix("/drover/")).map(str::to_owned).collect())
+    }
+
     /// Process id, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
@@ -217,6 +237,13 @@ impl Drop for Etcd {
             eprintln!("etcd of {} is left running: {error:#}", self.folder.path().display());
         }
     }
+}
+
+/// `etcdctl` for an etcd at this address.
+pub(crate) fn etcdctl(endpoint: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("DROVER_ETCDCTL").unwrap_or_else(|| "etcdctl".into()));
+    command.env("ETCDCTL_API", "3").args(["--endpoints", endpoint]);
+    command
 }
 
 async fn says_healthy(port: u16) -> anyhow::Result<bool> {

@@ -14,8 +14,9 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::sleep};
 
 /// Longest text of a stream, in tokens: long enough to be hit in the middle.
 const STREAM_TOKENS: u32 = 600;
@@ -86,6 +87,20 @@ impl Load {
     /// # Errors
     /// When a model can't be asked, or two say the same.
     pub async fn start(address: &str, models: &[&str], streams: usize, requests: usize) -> anyhow::Result<Self> {
+        Self::paced(address, models, streams, requests, Duration::ZERO).await
+    }
+
+    /// As [`Load::start`], with a pause after each of them: for long runs, which are about something else than load.
+    ///
+    /// # Errors
+    /// As [`Load::start`].
+    pub async fn paced(
+        address: &str,
+        models: &[&str],
+        streams: usize,
+        requests: usize,
+        pause: Duration,
+    ) -> anyhow::Result<Self> {
         let gateway = Gateway::new(address);
         let mut said = BTreeMap::new();
         for model in models {
@@ -103,6 +118,7 @@ impl Load {
                     long.clone(),
                     load.stop.clone(),
                     load.shared.clone(),
+                    pause,
                 ));
             }
             for _ in 0..requests {
@@ -114,6 +130,7 @@ impl Load {
                     short.clone(),
                     load.stop.clone(),
                     load.shared.clone(),
+                    pause,
                 ));
             }
         }
@@ -155,7 +172,14 @@ impl Shared {
     }
 }
 
-async fn stream(gateway: Gateway, model: String, expected: String, stop: Arc<AtomicBool>, shared: Arc<Shared>) {
+async fn stream(
+    gateway: Gateway,
+    model: String,
+    expected: String,
+    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    pause: Duration,
+) {
     let request = request(&model, STREAM_TOKENS, true);
     while !stop.load(Ordering::Relaxed) {
         let mut begun = false;
@@ -169,12 +193,21 @@ async fn stream(gateway: Gateway, model: String, expected: String, stop: Arc<Ato
             shared.streaming.fetch_sub(1, Ordering::Relaxed);
         }
         shared.count(result, &expected, &format!("a stream of {model}"), |tally| tally.streams += 1);
+        sleep(pause).await;
     }
 }
 
-async fn short_ones(gateway: Gateway, model: String, expected: String, stop: Arc<AtomicBool>, shared: Arc<Shared>) {
+async fn short_ones(
+    gateway: Gateway,
+    model: String,
+    expected: String,
+    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    pause: Duration,
+) {
     while !stop.load(Ordering::Relaxed) {
         let result = ask(&gateway, &model).await;
         shared.count(result, &expected, &format!("a request of {model}"), |tally| tally.requests += 1);
+        sleep(pause).await;
     }
 }

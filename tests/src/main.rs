@@ -1,13 +1,15 @@
-//! Benchmarks of the real programs, run by `tests/run bench NAME`, which fail only when something did not work; and the
-//! soak, run by `tests/run soak`, which fails when something grows, fails or is left.
+//! Benchmarks of the real programs, run by `tests/run bench NAME`, which fail only when something did not work; runs with
+//! faults, by `tests/run faults NAME`, which fail when a server ends that should live; and the soak, run by
+//! `tests/run soak`, which fails when something grows, fails or is left.
 
 mod bench;
 mod soak;
 
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use drover_tests::faults::{self, outage::How};
+use std::{process::ExitCode, time::Duration};
 
-/// Benchmarks and long runs of Drover on real parts.
+/// Benchmarks, faults and long runs of Drover on real parts.
 #[derive(Debug, Parser)]
 #[command(after_help = "Example:\n  tests/run bench start")]
 struct Args {
@@ -22,8 +24,37 @@ enum What {
         #[command(subcommand)]
         name: Bench,
     },
+    /// Injects faults, and judges what became of the servers.
+    Faults {
+        #[command(subcommand)]
+        name: Fault,
+    },
     /// A fleet under steady churn for a long time: what grows, what is left, which requests failed.
     Soak(soak::Args),
+}
+
+#[derive(Debug, Subcommand)]
+enum Fault {
+    /// etcd is away: serving goes on, nothing is moved, and everything is as before when it is back.
+    #[command(after_help = "Example:\n  tests/run faults outage --how stop --seconds 600")]
+    Outage {
+        /// How long, in seconds.
+        #[arg(long, default_value_t = 600)]
+        seconds: u64,
+        /// Killed and started again on its data, or halted and let go on.
+        #[arg(long, value_enum, default_value_t = How::Stop)]
+        how: How,
+    },
+    /// An agent is halted for longer than its session lives.
+    #[command(after_help = "Example:\n  tests/run faults pause --seconds 30")]
+    Pause {
+        /// How long, in seconds.
+        #[arg(long, default_value_t = 30)]
+        seconds: u64,
+    },
+    /// All coordinators end at once: in order, killed for longer than sessions live, and in the middle of work.
+    #[command(after_help = "Example:\n  tests/run faults restart")]
+    Restart,
 }
 
 #[derive(Debug, Subcommand)]
@@ -80,6 +111,11 @@ async fn main() -> anyhow::Result<ExitCode> {
         What::Bench { name: Bench::Start { replicas, runs, json } } => {
             bench::start::run(replicas, runs.max(1), json).await?;
         }
+        What::Faults { name: Fault::Outage { seconds, how } } => {
+            faults::outage::run(how, Duration::from_secs(seconds)).await?;
+        }
+        What::Faults { name: Fault::Pause { seconds } } => faults::pause::run(Duration::from_secs(seconds)).await?,
+        What::Faults { name: Fault::Restart } => faults::restart::run().await?,
         What::Soak(args) => return Ok(if soak::run(args).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
     }
     Ok(ExitCode::SUCCESS)

@@ -122,6 +122,12 @@ impl Usage {
     }
 }
 
+/// When a process began, in clock ticks since boot; `None` when there is none.
+#[must_use]
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    Some(stat_of(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?.2)
+}
+
 fn kb_of(rollup: &str, name: &str) -> Option<u64> {
     let line = rollup.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_ascii_whitespace().next()?.parse().ok()

@@ -141,6 +141,33 @@ impl Running {
             .with_context(|| format!("{signal} to {}", self.name))
     }
 
+    /// Halts it (SIGSTOP) and waits until every thread of it stands still; what it has started goes on.
+    ///
+    /// # Errors
+    /// When it has ended, or does not stop.
+    pub async fn pause(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        let threads = Path::new("/proc").join(self.pid().to_string()).join("task");
+        eventually(&format!("{} is halted", self.name), Duration::from_secs(5), async || {
+            for thread in fs::read_dir(&threads)? {
+                let Ok(stat) = fs::read_to_string(thread?.path().join("stat")) else { continue };
+                // The name stands in parentheses and may hold anything; the state follows.
+                let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+                anyhow::ensure!(state == Some('T'), "a thread is in state {state:?}");
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Lets it go on after [`Running::pause`].
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
     /// SIGKILL, and waits for the end.
     ///
     /// # Errors

@@ -11,84 +11,22 @@ use drover_proto::{
     transport::Connection,
     v1::{
         ApplyDeploymentRequest, Capacity, ClaimItem, ClaimManyRequest, ClaimRequest, Heartbeat, Hello, ModelFile,
-        ModelInventory, SessionRequest, Token, node_service_client::NodeServiceClient, session_request,
+        ModelInventory, RunSet, SessionRequest, Token, node_service_client::NodeServiceClient, session_request,
         session_response::Message,
     },
 };
 use drover_tests::{
     cluster::{Cluster, Plan, SOON},
+    judge::{Claims, Judge},
     programs::eventually,
 };
 use futures::future::{join_all, try_join_all};
-use std::{
-    collections::BTreeMap,
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::time::Duration;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 
 const NODES: usize = 100;
 const ROUNDS: usize = 50;
-
-/// What etcd itself says of claims.
-struct Judge {
-    etcdctl: Child,
-    seen: Arc<Mutex<Verdict>>,
-}
-
-#[derive(Debug, Default, Clone)]
-struct Verdict {
-    /// Claims written, by instance.
-    written: BTreeMap<String, usize>,
-    /// Claims that were written while one stood.
-    second_owners: usize,
-}
-
-impl Judge {
-    fn start(endpoint: &str) -> anyhow::Result<Self> {
-        let program = std::env::var("DROVER_ETCDCTL").unwrap_or_else(|_| "etcdctl".to_owned());
-        let mut etcdctl = Command::new(program)
-            .env("ETCDCTL_API", "3")
-            .args(["--endpoints", endpoint, "watch", "--prefix", "/drover/claims/", "--rev", "1", "-w", "json"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("etcdctl")?;
-        let lines = BufReader::new(etcdctl.stdout.take().context("no output")?).lines();
-        let seen = Arc::new(Mutex::new(Verdict::default()));
-        let verdict = seen.clone();
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                let Ok(answer) = serde_json::from_str::<serde_json::Value>(&line) else { continue };
-                for event in answer["Events"].as_array().into_iter().flatten() {
-                    let deleted = event["type"].as_i64() == Some(1) || event["type"].as_str() == Some("DELETE");
-                    if deleted {
-                        continue;
-                    }
-                    let kv = &event["kv"];
-                    let mut verdict = verdict.lock().unwrap();
-                    *verdict.written.entry(kv["key"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
-                    // The version counts writes since the key was made: above 1, a standing claim was overwritten.
-                    verdict.second_owners += usize::from(kv["version"].as_i64().unwrap_or(0) > 1);
-                }
-            }
-        });
-        Ok(Self { etcdctl, seen })
-    }
-
-    fn verdict(&self) -> Verdict {
-        self.seen.lock().unwrap().clone()
-    }
-}
-
-impl Drop for Judge {
-    fn drop(&mut self) {
-        let _ = self.etcdctl.kill();
-        let _ = self.etcdctl.wait();
-    }
-}
 
 /// One node: a real session, claims by hand.
 struct Node {
@@ -125,6 +63,8 @@ impl Node {
         let Some(Message::Welcome(welcome)) = answers.message().await?.and_then(|m| m.message) else {
             bail!("{name} was not welcomed")
         };
+        let inventory = session_request::Message::Runs(RunSet { reconciled: true, ..RunSet::default() });
+        send.send(SessionRequest { message: Some(inventory) }).await?;
         let (offered, offers) = mpsc::channel(256);
         let interval = Duration::from_millis(u64::try_from(welcome.heartbeat_interval_ms)?);
         tokio::spawn(async move {
@@ -207,11 +147,7 @@ impl Node {
 }
 
 /// Runs the race; returns the winners of each round as the claimers were told, and the judge's verdict.
-async fn race(
-    nodes: usize,
-    rounds: usize,
-    environment: Vec<(String, String)>,
-) -> anyhow::Result<(Vec<usize>, Verdict)> {
+async fn race(nodes: usize, rounds: usize, environment: Vec<(String, String)>) -> anyhow::Result<(Vec<usize>, Claims)> {
     let plan = Plan {
         coordinators: 2,
         agents: 0,
@@ -237,12 +173,12 @@ async fn race(
     }
     // The judge reads on its own: wait until it has seen every round.
     eventually("the judge has seen every claim", SOON, async || {
-        let verdict = judge.verdict();
+        let verdict = judge.claims();
         ensure!(verdict.written.len() == rounds, "{} of {rounds}", verdict.written.len());
         Ok(())
     })
     .await?;
-    let verdict = judge.verdict();
+    let verdict = judge.claims();
     drop(members);
     cluster.end().await?;
     Ok((winners, verdict))

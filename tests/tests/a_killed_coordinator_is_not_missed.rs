@@ -27,7 +27,7 @@ async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
     let followed = cluster.folder().join("followed");
     let follower = Follower::start(&cluster, &addresses, &followed)?;
     told(&followed, "tiny").await?;
-    let mut killed = Some(leading.running);
+    let mut killed = leading.running;
     let gateway = Gateway::new(&cluster.coordinators[0].http);
     let request = json!({
         "model": "tiny", "stream": true, "max_tokens": 3000, "temperature": 0, "seed": 1,
@@ -65,6 +65,25 @@ async fn a_killed_coordinator_is_not_missed() -> anyhow::Result<()> {
     );
     assert_eq!(standing(&cluster.ready("tiny", 2).await?), before, "nothing was restarted or claimed anew");
 
+    drop(follower);
+    cluster.delete("later").await?;
+    cluster.delete("tiny").await?;
+    cluster.end().await
+}
+
+/// One that ends in order closes its streams with a word: whoever follows goes on at the other all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_ends_in_order_is_not_missed_either() -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(Plan { coordinators: 2, ..Plan::default() }).await?;
+    let addresses = format!("{},{}", cluster.coordinators[0].grpc, cluster.coordinators[1].grpc);
+    cluster.deploy(cluster.spec("tiny", 1)).await?;
+    let followed = cluster.folder().join("followed");
+    let follower = Follower::start(&cluster, &addresses, &followed)?;
+    told(&followed, "tiny").await?;
+    cluster.stop_coordinator(0).await?;
+    cluster.asked = 1;
+    cluster.deploy(cluster.spec("later", 1)).await?;
+    told(&followed, "later").await?;
     drop(follower);
     cluster.delete("later").await?;
     cluster.delete("tiny").await?;

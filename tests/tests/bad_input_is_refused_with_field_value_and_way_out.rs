@@ -33,7 +33,8 @@ async fn bad_input_is_refused_with_field_value_and_way_out() -> anyhow::Result<(
     let names: Vec<_> =
         listed.deployments.iter().map(|d| (d.spec.as_ref().unwrap().name.as_str(), d.generation)).collect();
     assert_eq!(names, [("good", 1)], "nothing was changed");
-    let logs = cluster.coordinators[0].running.log() + &cluster.agents[0].running.as_ref().unwrap().log();
+    let logs =
+        cluster.coordinators[0].running.as_ref().unwrap().log() + &cluster.agents[0].running.as_ref().unwrap().log();
     assert!(!logs.contains(SECRET), "the secret stands in a log");
     cluster.delete("good").await?;
     cluster.end().await

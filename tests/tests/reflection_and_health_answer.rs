@@ -13,7 +13,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-const FLEET: [&str; 13] = [
+const FLEET: [&str; 14] = [
     "ApplyDeployment",
     "GetDeployment",
     "ListDeployments",
@@ -27,6 +27,7 @@ const FLEET: [&str; 13] = [
     "ListProcesses",
     "StopProcess",
     "CleanupProcesses",
+    "CheckDuplicates",
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,19 +7,11 @@ use drover_tests::{
     programs::servers_with,
 };
 use serde_json::json;
-use std::process::Command;
 
 /// All keys of the store, without the bounded rings of events that outlive a deployment.
 fn keys(cluster: &Cluster) -> Vec<String> {
-    let program = std::env::var("DROVER_ETCDCTL").unwrap_or_else(|_| "etcdctl".to_owned());
-    let output = Command::new(program)
-        .env("ETCDCTL_API", "3")
-        .args(["--endpoints", &cluster.etcd.endpoints()[0], "get", "--prefix", "/drover/", "--keys-only"])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let outlives = |k: &&str| k.starts_with("/drover/events/fleet/") || k.starts_with("/drover/events/node/");
-    text.lines().filter(|l| !l.is_empty()).filter(|k| !outlives(k)).map(str::to_owned).collect()
+    let outlives = |k: &String| k.starts_with("events/fleet/") || k.starts_with("events/node/");
+    cluster.etcd.keys().unwrap().into_iter().filter(|k| !outlives(k)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -28,6 +28,10 @@ async fn what_was_replaced_elsewhere_ends_when_its_host_is_back() -> anyhow::Res
     assert!(after.id == before.id && after.token > before.token, "{after:?}");
     assert_eq!(servers_with(&cluster.mark()).len(), 2, "the lost host's server goes on for now");
 
+    // Whether it runs twice only its host can say, which nobody can ask now.
+    let (code, _, told) = cluster.drover(0, &["check", "duplicates"])?;
+    assert!(code == Some(1) && told.contains(&format!("not looked at: {}", before.node)), "{code:?}: {told}");
+
     cluster.start_agent(lost)?;
     cluster.agent_ready(lost).await?;
     eventually("the superseded server has ended", SOON, async || {
@@ -36,6 +40,8 @@ async fn what_was_replaced_elsewhere_ends_when_its_host_is_back() -> anyhow::Res
         Ok(())
     })
     .await?;
+    let (code, _, told) = cluster.drover(0, &["check", "duplicates"])?;
+    assert!(code == Some(0) && told.contains("no instance has more than one"), "{code:?}: {told}");
     let mut client = cluster.client(0).await?;
     eventually("its room is free again", SOON, async || {
         let nodes = client.list_nodes(ListNodesRequest::default()).await?.into_inner().nodes;

@@ -1,7 +1,8 @@
 //! Small files that survive a crash whole or not at all: one line of JSON, then a line with its CRC-32.
 //!
 //! Written to a temporary file, synced, renamed, and the directory synced, so that after any crash a reader finds the
-//! old content or the new one. Each file has one writer at a time; who that is stands with the file's type.
+//! old content or the new one. What matters only as long as the host runs is not synced ([`place`]). Each file has one
+//! writer at a time; who that is stands with the file's type.
 
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
@@ -95,6 +96,17 @@ pub(crate) fn parse<T: DeserializeOwned>(path: &Path, content: &str) -> Result<T
 
 /// Writes a file so that a crash leaves the old content or the new one. Returns after the disk has it.
 pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    put(path, value, true)
+}
+
+/// Writes a file so that the crash of any process leaves the old content or the new one. After a crash of the host, when
+/// nothing runs any more that it tells of, it may be cut off, which is noticed when it is read. A start waits for no disk
+/// that way where it need not: many at once would queue for it.
+pub fn place<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    put(path, value, false)
+}
+
+fn put<T: Serialize>(path: &Path, value: &T, sync: bool) -> Result<(), Error> {
     let io = |source: io::Error| Error::Io { path: path.to_owned(), source };
     let body = serde_json::to_string(value).map_err(|e| io(io::Error::other(e)))?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
@@ -105,9 +117,11 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let written = (|| {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(content.as_bytes())?;
-        file.sync_all()?;
+        if sync {
+            file.sync_all()?;
+        }
         fs::rename(&temporary, path)?;
-        File::open(directory)?.sync_all()
+        if sync { File::open(directory)?.sync_all() } else { Ok(()) }
     })();
     if written.is_err() {
         // Best effort: what stays is overwritten by the next attempt.

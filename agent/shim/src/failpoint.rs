@@ -139,7 +139,10 @@ pub fn at(step: Step) {
 #[must_use]
 pub fn handed_on() -> Vec<(&'static str, std::ffi::OsString)> {
     #[cfg(debug_assertions)]
-    return [VARIABLE, FORMAT_VARIABLE].into_iter().filter_map(|n| Some((n, std::env::var_os(n)?))).collect();
+    return [VARIABLE, FORMAT_VARIABLE, crate::mutant::VARIABLE]
+        .into_iter()
+        .filter_map(|n| Some((n, std::env::var_os(n)?)))
+        .collect();
     #[cfg(not(debug_assertions))]
     Vec::new()
 }

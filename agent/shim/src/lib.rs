@@ -26,6 +26,7 @@ pub mod identity;
 pub mod keep;
 pub mod logs;
 pub mod membership;
+pub mod mutant;
 pub mod oom;
 pub mod record;
 pub mod start;

@@ -30,6 +30,7 @@ pub struct File {
     pub(super) spool_bytes_max: Option<u64>,
     pub(super) return_within_ms: Option<i64>,
     pub(super) restarts: Restarts,
+    pub(super) launches_at_once: Option<u32>,
     pub(super) cgroup_root: Option<String>,
 }
 
@@ -134,6 +135,9 @@ pub struct Flags {
     /// it unchanged; at most ten minutes. Default: 0, it runs out as if the agent had been lost.
     #[arg(long, env = "DROVER_RETURN_WITHIN_MS")]
     pub return_within_ms: Option<i64>,
+    /// How many servers are launched at a time; the others wait for their turn. Default: twice the processor's cores.
+    #[arg(long, env = "DROVER_LAUNCHES_AT_ONCE")]
+    pub launches_at_once: Option<u32>,
     /// Log lines as JSON.
     #[arg(long, env = "DROVER_LOG_JSON")]
     pub log_json: bool,

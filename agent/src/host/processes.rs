@@ -34,9 +34,9 @@ pub struct Living {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Work {
     /// Processor time, in clock ticks.
-    cpu_ticks: u64,
+    pub cpu_ticks: u64,
     /// Bytes read by system calls, and bytes fetched from disks, which are those of mapped files too.
-    read: (u64, u64),
+    pub read: (u64, u64),
 }
 
 /// What became of a recorded process.

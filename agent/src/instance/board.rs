@@ -16,7 +16,8 @@ use tokio::sync::watch;
 pub struct Entry {
     /// Token of its run.
     pub token: Token,
-    /// Whether that is the token of the standing claim, as far as is known.
+    /// Whether that is the token of the standing claim, as far as is known. The registry says so, before the supervisor
+    /// hears it.
     pub owned: bool,
     /// State.
     pub state: InstanceState,
@@ -81,6 +82,20 @@ impl Board {
         let mut entries = self.lock();
         if entries.get(instance) == Some(&entry) {
             return;
+        }
+        entries.insert(instance.to_owned(), entry);
+        drop(entries);
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Sets an entry but for its ownership, which stays as the registry has said last.
+    pub fn update(&self, instance: &str, mut entry: Entry) {
+        let mut entries = self.lock();
+        if let Some(before) = entries.get(instance) {
+            entry.owned = before.owned;
+            if *before == entry {
+                return;
+            }
         }
         entries.insert(instance.to_owned(), entry);
         drop(entries);

@@ -100,7 +100,16 @@ impl Claim {
 
     /// Writes it; returns after the disk has it.
     pub fn write(&self, directory: &Path) -> Result<(), durable::Error> {
-        let stored = Stored {
+        durable::write(&path(directory), &self.stored())
+    }
+
+    /// Writes it so that it survives this process; a crash of the host may take it along.
+    pub fn place(&self, directory: &Path) -> Result<(), durable::Error> {
+        durable::place(&path(directory), &self.stored())
+    }
+
+    fn stored(&self) -> Stored {
+        Stored {
             format: FORMAT,
             instance: self.instance.clone(),
             token: stored_token(self.token),
@@ -110,8 +119,7 @@ impl Claim {
             restarts: self.restarts,
             failed: self.failed.clone(),
             since: self.since.map(|(state, at)| (state.into(), at.seconds, at.nanos)),
-        };
-        durable::write(&path(directory), &stored)
+        }
     }
 }
 

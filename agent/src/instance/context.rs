@@ -1,6 +1,8 @@
 //! What every instance of this node shares.
 
-use super::{arguments::Known, board::Board, routes::Routes, session::Deadline, state::Policy};
+use super::{
+    arguments::Known, board::Board, machine::Machine, routes::Routes, session::Deadline, state::Policy, turns::Turns,
+};
 use crate::config::Settings;
 use drover_proto::v1::{DeploymentSpec, NodeEvent, Severity};
 use std::{
@@ -20,6 +22,8 @@ const WAITING: usize = 1024;
 pub struct Context {
     /// Configuration.
     pub settings: Arc<Settings>,
+    /// The host.
+    pub machine: Arc<dyn Machine>,
     /// Boot that this is.
     pub boot_id: String,
     /// Folder for the cgroups of its instances; `None` where the host offers none.
@@ -30,6 +34,8 @@ pub struct Context {
     pub routes: Routes,
     /// What is known of each instance.
     pub board: Board,
+    /// Who is launched when.
+    pub turns: Turns,
     /// Until when something may be started.
     pub session: Deadline,
     /// Events on their way to the coordinator.

@@ -2,12 +2,20 @@
 
 use super::claim::Claim;
 use drover_proto::v1::Token;
-use tokio::sync::{mpsc, oneshot};
+use std::time::Duration;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+/// How long a raise is waited for.
+const RAISE_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the registry asks of a supervisor.
 #[derive(Debug)]
 pub(super) enum Command {
     Want(bool, String),
+    Own(bool),
     Force,
     Restore(Box<Claim>),
     Raise(Token, oneshot::Sender<bool>),
@@ -24,6 +32,11 @@ impl Handle {
         let _ = self.0.send(Command::Want(wanted, traceparent.to_owned())).await;
     }
 
+    /// Says whether a claim of this node covers the instance. To be said after what it wants, which a claim brings along.
+    pub async fn own(&self, owned: bool) {
+        let _ = self.0.send(Command::Own(owned)).await;
+    }
+
     /// Ends the instance without waiting for what is in flight. False when its supervisor is gone, or too busy to hear it.
     #[must_use]
     pub fn force(&self) -> bool {
@@ -35,15 +48,37 @@ impl Handle {
         let _ = self.0.send(Command::Restore(Box::new(claim))).await;
     }
 
-    /// Raises the token of the run, on disk first. False when that has failed.
+    /// Raises the token of the run, on disk first. False when that has failed, or is not done in a moment: a launch comes first,
+    /// and who asks keeps everybody else waiting. What is done later stands, and raising again to the same token is no error.
     pub async fn raise(&self, token: Token) -> bool {
         let (answer, answered) = oneshot::channel();
-        self.0.send(Command::Raise(token, answer)).await.is_ok() && answered.await.unwrap_or(false)
+        let raised =
+            async { self.0.send(Command::Raise(token, answer)).await.is_ok() && answered.await.unwrap_or(false) };
+        timeout(RAISE_WITHIN, raised).await.unwrap_or(false)
     }
 
     /// Removes everything of the instance. False, and nothing is done, while there is or may be a process.
     pub async fn discard(&self) -> bool {
         let (answer, answered) = oneshot::channel();
         self.0.send(Command::Discard(answer)).await.is_ok() && answered.await.unwrap_or(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_supervisor_that_launches_keeps_nobody_waiting_for_a_raise() {
+        let (commands, mut inbox) = mpsc::channel(1);
+        let (handle, token) = (Handle(commands), Token { generation: 1, revision: 7 });
+        let begun = tokio::time::Instant::now();
+        assert!(!handle.raise(token).await, "it is not heard");
+        assert!(matches!(inbox.recv().await, Some(Command::Raise(..))));
+        assert_eq!(begun.elapsed(), RAISE_WITHIN);
+        let raised = tokio::spawn(async move { handle.raise(token).await });
+        let Some(Command::Raise(asked, answer)) = inbox.recv().await else { panic!("no raise") };
+        assert!(asked == token && answer.send(true).is_ok());
+        assert!(raised.await.unwrap());
     }
 }

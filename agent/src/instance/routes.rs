@@ -1,9 +1,10 @@
 //! Which requests reach which instance: keeps the full set of routes and gives it to the proxy.
 
-use crate::proxy::{ProxyHandle, Route};
+use super::machine::DataPlane;
+use crate::proxy::Route;
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -14,7 +15,7 @@ const APPLY_DEADLINE: Duration = Duration::from_secs(2);
 /// The routes of this node.
 #[derive(Debug)]
 pub struct Routes {
-    proxy: ProxyHandle,
+    proxy: Arc<dyn DataPlane>,
     inner: Mutex<Inner>,
 }
 
@@ -28,7 +29,7 @@ struct Inner {
 impl Routes {
     /// Routes through this proxy. It keeps those that it has until [`Routes::announce`].
     #[must_use]
-    pub fn new(proxy: ProxyHandle) -> Self {
+    pub fn new(proxy: Arc<dyn DataPlane>) -> Self {
         Self { proxy, inner: Mutex::default() }
     }
 
@@ -80,11 +81,5 @@ impl Routes {
     /// Waits until an instance whose route takes no requests has none in flight; false when it still has at the end.
     pub async fn wait_drained(&self, instance: &str, within: Duration) -> bool {
         self.proxy.wait_drained(instance, within).await
-    }
-
-    /// The proxy.
-    #[must_use]
-    pub fn proxy(&self) -> &ProxyHandle {
-        &self.proxy
     }
 }

@@ -4,15 +4,17 @@ use super::{
     arguments::{self, Place},
     claim::{Claim, stored_token},
     context::Context,
+    machine::Process,
     state::{Ended, cause},
 };
 use crate::{
     blocking, clock,
     host::{
         cgroup, disk,
-        processes::{self, Found, Living},
+        processes::{self, Found},
     },
     model::{self, Model},
+    mutant,
 };
 use drover_shim::{
     durable,
@@ -73,7 +75,7 @@ impl Failed {
 #[derive(Debug)]
 pub struct Run {
     /// The process.
-    pub living: Arc<Living>,
+    pub living: Arc<dyn Process>,
     /// Its record.
     pub record: Record,
 }
@@ -86,10 +88,8 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         Recorded::Ended(earlier) => cgroup::end(&earlier).await.map_err(Failed::again)?,
         Recorded::Nothing => {}
     }
-    let start_deadline_ns = context.session.ns();
-    if context.session.has_passed() {
-        return Err(Failed::again("this node has no session now: nothing is started until it has one"));
-    }
+    let no_session = || Failed::again("this node has no session now: nothing is started until it has one");
+    let start_deadline_ns = context.session.start_until_ns().ok_or_else(no_session)?;
     enough_room(directory).await?;
     let settings = &context.settings;
     let model = find_model(&claim.spec.model_path, &settings.model_roots).await?;
@@ -112,9 +112,13 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         halt_file: settings.halt_file(),
         cgroup_base: context.cgroup_base.clone(),
     };
-    tokio::task::block_in_place(|| durable::write(&directory.spec(), &spec))
+    tokio::task::block_in_place(|| durable::place(&directory.spec(), &spec))
         .map_err(|e| Failed::again(e.to_string()))?;
     failpoint::at(Step::StartSpecWritten);
+    let owned = context.board.get(&claim.instance).is_some_and(|entry| entry.owned);
+    if !owned && !mutant::on(mutant::name::START_WITHOUT_CLAIM) {
+        return Err(Failed::again("no claim of this node covers it any more: it is started once it is claimed again"));
+    }
     let mut shim = start_shim(&settings.shim, directory)?;
     failpoint::at(Step::StartShimForked);
     let said = timeout(LAUNCH_DEADLINE, hear(&mut shim)).await;
@@ -268,28 +272,35 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
     }
 }
 
-/// Raises the token of a run everywhere it is kept, spec first: from then on no lower one can start anything.
+/// Raises the token of a run everywhere it is kept, spec first: from then on no lower one can start anything. Where nothing
+/// was started yet there is nothing to raise, and the claim need not reach the disk: after a crash of the host it is told
+/// again.
 pub fn raise(directory: &Directory, claim: &Claim) -> Result<(), record::Error> {
     let token = stored_token(claim.token);
+    let mut is_first = true;
     match record::read::<Spec>(&directory.spec()) {
+        Err(durable::Error::Missing(_)) => {}
         Ok(mut spec) if spec.token < token => {
+            is_first = false;
             spec.token = token;
             durable::write(&directory.spec(), &spec)?;
             failpoint::at(Step::RaiseSpecWritten);
         }
-        Ok(_) | Err(durable::Error::Missing(_)) => {}
+        Ok(_) => is_first = false,
         Err(error) => return Err(error),
     }
     match record::read::<Record>(&directory.record()) {
+        Err(durable::Error::Missing(_)) => {}
         Ok(mut record) if record.token < token => {
+            is_first = false;
             record.token = token;
             durable::write(&directory.record(), &record)?;
             failpoint::at(Step::RaiseRecordWritten);
         }
-        Ok(_) | Err(durable::Error::Missing(_)) => {}
+        Ok(_) => is_first = false,
         Err(error) => return Err(error),
     }
-    claim.write(directory.path())
+    if is_first { claim.place(directory.path()) } else { claim.write(directory.path()) }
 }
 
 /// The end of the log, of the last run alone.

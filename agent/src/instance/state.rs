@@ -2,19 +2,21 @@
 //!
 //! | phase | process | leaves by |
 //! |---|---|---|
-//! | claimed | none | begin or wanted → starting · unwanted → stopped |
+//! | claimed | none | begin, wanted or owned → queued · unwanted → stopped |
+//! | queued | none | its turn → starting · owned no more → backoff · unwanted → stopped |
 //! | starting | being launched | launched → loading · launch failed → backoff or failed · unwanted → stopping |
 //! | loading | alive | healthy → ready · serves another model → suspect · ended, model or arguments refused → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
 //! | ready | alive | 2 failed probes → suspect · ended → backoff or failed · unwanted → draining |
 //! | suspect | alive | 3 good probes → ready · ended → backoff or failed · unwanted → draining |
 //! | draining | alive | drained, too late or forced → stopping · ended → stopped |
 //! | stopping | alive or being launched | ended → stopped, or backoff when it is wanted · grace over → killed; forced: a short one |
-//! | backoff | none | due → starting · unwanted → stopped |
+//! | backoff | none | due, and owned → queued · unwanted → stopped |
 //! | failed | none | unwanted → stopped |
 //! | stopped | none | final under its token; claimed again, under a higher one → claimed |
 //!
-//! What is wanted ([`State::wanted`]) and what is ([`State::phase`], [`State::process`]) are separate. A stop wins over a
-//! start in flight: once an instance is unwanted nothing is launched, and what a launch under way brings is ended.
+//! What is wanted ([`State::wanted`]), whether this node owns it ([`State::owned`]) and what is ([`State::phase`],
+//! [`State::process`]) are separate. What no claim of this node covers is never launched: it stays as it is until it is
+//! claimed again, or given up. A stop wins over a start in flight: once an instance is unwanted nothing is launched, and what a launch under way brings is ended.
 //! A server that is wanted and ready is never ended from here.
 //!
 //! Which end of a loading server is its own word that model or arguments are bad, and which may pass, is the table of
@@ -73,6 +75,7 @@ impl Default for Policy {
 #[allow(missing_docs, reason = "the module's table says what each one means")]
 pub enum Phase {
     Claimed,
+    Queued,
     Starting,
     Loading,
     Ready,
@@ -154,8 +157,12 @@ pub enum Health {
 pub enum Event {
     /// The owner is set up.
     Begin,
+    /// Its turn to be launched has come ([`Action::Queue`]).
+    Turn,
     /// It should run, or should not.
     Want(bool),
+    /// A claim of this node covers it, or none does.
+    Owned(bool),
     /// It was claimed again, under a higher token. Whether it should run is yet to be said.
     ClaimedAgain,
     /// It should not run, and what is in flight is not waited for.
@@ -184,6 +191,8 @@ pub enum Event {
 /// What is to be done now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
+    /// Wait for its turn ([`Event::Turn`]): a node launches a few at a time.
+    Queue,
     /// Launch a process.
     Launch,
     /// Give it requests.
@@ -203,6 +212,8 @@ pub enum Action {
 pub struct State {
     /// Whether it should run.
     pub wanted: bool,
+    /// Whether a claim of this node covers it, as far as is known.
+    pub owned: bool,
     /// Where it is.
     pub phase: Phase,
     /// Whether there is a process.
@@ -216,6 +227,8 @@ pub struct State {
     /// How the last process ended.
     pub last_end: Option<Ended>,
     quick_ends: u32,
+    /// Attempts in a row that started nothing.
+    failed_launches: u32,
     /// Starts in a row without stable running, the present one included.
     attempts: u32,
     /// Whether its end is not to be waited for.
@@ -231,6 +244,7 @@ impl State {
     pub fn claimed() -> Self {
         Self {
             wanted: true,
+            owned: true,
             phase: Phase::Claimed,
             process: Process::None,
             deadline_ms: None,
@@ -238,6 +252,7 @@ impl State {
             message: String::new(),
             last_end: None,
             quick_ends: 0,
+            failed_launches: 0,
             attempts: 1,
             forced: false,
             streak: 0,
@@ -245,13 +260,14 @@ impl State {
         }
     }
 
-    /// With a process that another agent has started; `ready` when it was seen to answer.
+    /// With a process that another agent has started; `ready` when it was seen to answer. Whether it is owned is yet to be
+    /// learnt.
     #[must_use]
     pub fn adopted(ready: bool, restarts: i32, now_ms: u64, policy: &Policy) -> Self {
         let phase = if ready { Phase::Ready } else { Phase::Loading };
         let deadline_ms = (!ready).then(|| now_ms + policy.load_timeout_ms);
         let ready_since_ms = ready.then_some(now_ms);
-        Self { phase, process: Process::Alive, deadline_ms, restarts, ready_since_ms, ..Self::claimed() }
+        Self { owned: false, phase, process: Process::Alive, deadline_ms, restarts, ready_since_ms, ..Self::claimed() }
     }
 
     /// With a process that ended while no agent looked: it is started again at once.
@@ -280,7 +296,7 @@ impl State {
     #[must_use]
     pub fn reported(&self) -> InstanceState {
         match self.phase {
-            Phase::Claimed => InstanceState::Claimed,
+            Phase::Claimed | Phase::Queued => InstanceState::Claimed,
             Phase::Starting => InstanceState::Starting,
             Phase::Loading => InstanceState::Loading,
             Phase::Ready => InstanceState::Ready,

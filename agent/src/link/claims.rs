@@ -6,38 +6,35 @@
 
 use super::{
     identity::Identity,
-    offers::{self, No},
+    offers::No,
+    remote::{Coordinator, Coordinators},
 };
 use crate::{
-    blocking, clock,
+    clock,
     instance::{
         claim::Claim,
         context::Context,
         registry::{Registry, Unowned},
         trace,
     },
+    mutant,
 };
 use drover_proto::{
     limits,
     status::{reason, reason_of},
-    transport::{Connection, Target},
-    v1::{
-        ClaimItem, ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResult, Offer, Severity, Token,
-        node_service_client::NodeServiceClient,
-    },
+    v1::{ClaimItem, ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResult, Offer, Severity, Token},
+    world,
 };
 use drover_telemetry::context::traceparent_of;
 use futures::future::join_all;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, timeout},
 };
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 use tracing::{Span, info_span};
 
-/// Longest look at what offers need of this host.
-const CHECK_DEADLINE: Duration = Duration::from_secs(3);
 /// Longest wait for the answer of a claim.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait for a session to be resumed before the next claim.
@@ -48,13 +45,13 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// Instances whose last refusal is remembered, so that it is not told with every offer.
 const REFUSALS_MAX: usize = 1024;
 
-/// A claim to make.
-#[derive(Debug)]
-pub enum Job {
-    /// Of an offer.
-    Offer(Box<Offer>),
-    /// Of a run that this node has and that no claim covers.
-    Again(Unowned),
+/// Runs that this node has and that no claim covers, after a set of claims was applied. Only the latest counts.
+#[derive(Debug, Clone, Default)]
+pub struct Again {
+    /// Number of the session that the set came with.
+    pub session: u64,
+    /// The runs.
+    pub runs: Vec<Unowned>,
 }
 
 /// A claim that is about to be made: its room is reserved.
@@ -73,44 +70,85 @@ struct Pending {
 #[derive(Debug)]
 pub struct Claims {
     registry: Arc<Registry>,
-    target: Target,
+    coordinators: Arc<dyn Coordinators>,
     identity: Arc<Identity>,
-    client: Option<NodeServiceClient<Connection>>,
+    client: Option<Box<dyn Coordinator>>,
     /// The coordinator of this connection is an older one, which takes one claim a call.
     one_by_one: bool,
-    first: usize,
+    /// Where that connection was begun, as the session's coordinator was then.
+    session_at: usize,
+    /// Where the next connection begins, when it is not with the session's coordinator.
+    next: Option<usize>,
+    /// The coordinator of this connection.
+    at: usize,
     refusals: BTreeMap<String, (String, Instant)>,
 }
 
 impl Claims {
     /// Claims for this registry through these coordinators.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, target: Target, identity: Arc<Identity>) -> Self {
-        Self { registry, target, identity, client: None, one_by_one: false, first: 0, refusals: BTreeMap::new() }
+    pub fn new(registry: Arc<Registry>, coordinators: Arc<dyn Coordinators>, identity: Arc<Identity>) -> Self {
+        Self {
+            registry,
+            coordinators,
+            identity,
+            client: None,
+            one_by_one: false,
+            session_at: 0,
+            next: None,
+            at: 0,
+            refusals: BTreeMap::new(),
+        }
     }
 
-    /// Works off jobs until the queue is closed.
-    pub async fn work(mut self, mut jobs: mpsc::Receiver<Job>) {
+    /// Claims what is offered and what runs here, until one of both sources is closed. What runs here comes first. When all
+    /// of it was tried once, the number of its session goes to `reconciled`.
+    pub async fn work(
+        mut self,
+        mut offers: mpsc::Receiver<Box<Offer>>,
+        mut unowned: watch::Receiver<Again>,
+        reconciled: watch::Sender<u64>,
+    ) {
         let mut taken = Vec::new();
-        while jobs.recv_many(&mut taken, limits::CLAIMS_PER_CALL_MAX).await > 0 {
-            let (mut offers, mut pending) = (Vec::new(), Vec::new());
-            for job in taken.drain(..) {
-                match job {
-                    Job::Offer(offer) => offers.push(*offer),
-                    Job::Again(run) => pending.extend(self.again(run).await),
+        loop {
+            tokio::select! {
+                biased;
+                changed = unowned.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let Again { session, runs } = unowned.borrow_and_update().clone();
+                    for some in runs.chunks(limits::CLAIMS_PER_CALL_MAX) {
+                        let mut pending = Vec::new();
+                        for run in some {
+                            pending.extend(self.again(run.clone()).await);
+                        }
+                        self.claim_all(pending).await;
+                    }
+                    reconciled.send_replace(session);
                 }
-            }
-            self.take_up(offers, &mut pending).await;
-            while !pending.is_empty() {
-                let rest = if self.one_by_one { pending.split_off(1) } else { Vec::new() };
-                pending = self.claim(pending).await;
-                pending.extend(rest);
+                count = offers.recv_many(&mut taken, limits::CLAIMS_PER_CALL_MAX) => {
+                    if count == 0 {
+                        return;
+                    }
+                    let pending = self.take_up(taken.drain(..).map(|offer| *offer).collect()).await;
+                    self.claim_all(pending).await;
+                }
             }
         }
     }
 
+    async fn claim_all(&mut self, mut pending: Vec<Pending>) {
+        while !pending.is_empty() {
+            let rest = if self.one_by_one { pending.split_off(1) } else { Vec::new() };
+            pending = self.claim(pending).await;
+            pending.extend(rest);
+        }
+    }
+
     /// Checks offers, and reserves room for those that this node can take.
-    async fn take_up(&mut self, offers: Vec<Offer>, pending: &mut Vec<Pending>) {
+    async fn take_up(&mut self, offers: Vec<Offer>) -> Vec<Pending> {
+        let mut pending = Vec::new();
         let mut by_model: BTreeMap<String, Vec<Offer>> = BTreeMap::new();
         for offer in offers {
             let model = offer.spec.as_ref().map_or("", |spec| spec.model_path.as_str()).to_owned();
@@ -126,12 +164,13 @@ impl Claims {
                 }
                 Err(No::Late) => continue,
             };
-            match self.registry.reserve(&offer.instance, memory_bytes).await {
+            match self.registry.reserve(&offer.instance, offer.offer_revision, memory_bytes).await {
                 Ok(true) => pending.push(Pending::of_offer(offer, memory_bytes)),
                 Ok(false) => {}
                 Err(why) => self.decline(&offer.instance, why),
             }
         }
+        pending
     }
 
     async fn again(&mut self, run: Unowned) -> Option<Pending> {
@@ -146,13 +185,14 @@ impl Claims {
 
     /// Makes claims together. Returns those that must be made again, as the coordinator did not know the call.
     async fn claim(&mut self, mut pending: Vec<Pending>) -> Vec<Pending> {
-        for attempt in 0..2 {
+        let (mut moved, mut others) = (false, self.coordinators.count() - 1);
+        loop {
             let session = self.identity.session();
             let spans: Vec<Span> = pending
                 .iter_mut()
                 .map(|one| {
                     let span = info_span!(parent: &one.action, "claim", session_revision = session.revision);
-                    one.item.nonce = format!("{:032x}", rand::random::<u128>());
+                    one.item.nonce = format!("{:032x}", world::random_u128());
                     one.item.traceparent = traceparent_of(&span);
                     span
                 })
@@ -164,6 +204,9 @@ impl Claims {
                 halt_generation: pending.iter().map(|one| one.halt_generation).fold(known, u64::max),
                 claims: pending.iter().map(|one| one.item.clone()).collect(),
             };
+            if self.registry.context().session.has_passed() {
+                return self.not_asked(&pending).await;
+            }
             // An offer that runs out meanwhile is refused alone: it must not cut the wait for the others short.
             let patience = pending.iter().map(|one| one.patience).max().unwrap_or(CLAIM_DEADLINE);
             let outcome = self.call(request, patience).await;
@@ -171,7 +214,7 @@ impl Claims {
             let failure = match outcome {
                 Ok(response) => {
                     self.identity.moved(&session.id, response.session_revision);
-                    self.settle(pending, response.results).await;
+                    self.settle(&session.id, pending, response.results).await;
                     return Vec::new();
                 }
                 Err(status) if status.code() == Code::Unimplemented && !self.one_by_one => {
@@ -182,7 +225,13 @@ impl Claims {
                 Err(status) => status,
             };
             let why = reason_of(&failure).unwrap_or_default();
-            if why == reason::SESSION_MOVED && attempt == 0 {
+            if cannot_see(&failure) && others > 0 {
+                tracing::info!("claims go on at another coordinator: {}", failure.message());
+                others -= 1;
+                self.leave();
+                continue;
+            }
+            if why == reason::SESSION_MOVED && !std::mem::replace(&mut moved, true) {
                 // A newer revision may be known already; else a resume brings it.
                 if self.identity.session().revision > session.revision || self.identity.resume(RESUME_DEADLINE).await {
                     continue;
@@ -190,6 +239,14 @@ impl Claims {
             }
             self.failed(&pending, &why, &failure).await;
             return Vec::new();
+        }
+    }
+
+    /// The session's time was over before the coordinator was asked: nothing new is claimed then.
+    async fn not_asked(&mut self, pending: &[Pending]) -> Vec<Pending> {
+        for Pending { item, action, .. } in pending {
+            not_made(item, action, reason::SESSION_MOVED, "this node has no session now");
+            self.registry.release(&item.instance).await;
         }
         Vec::new()
     }
@@ -204,15 +261,16 @@ impl Claims {
             }
             self.registry.release(&item.instance).await;
         }
+        if !is_lost(why) {
+            self.leave();
+        }
         if unknown {
-            self.client = None;
-            self.first = self.first.wrapping_add(1);
             self.identity.resume(RESUME_DEADLINE).await;
         }
     }
 
     /// What became of each.
-    async fn settle(&mut self, pending: Vec<Pending>, results: Vec<ClaimResult>) {
+    async fn settle(&mut self, session: &str, pending: Vec<Pending>, results: Vec<ClaimResult>) {
         let mut results: BTreeMap<String, ClaimResult> =
             results.into_iter().map(|result| (result.instance.clone(), result)).collect();
         for Pending { item, action, .. } in pending {
@@ -229,27 +287,40 @@ impl Claims {
                 tracing::info!(instance = item.instance, %token, "a running server was claimed again");
                 Span::none()
             };
-            self.registry.claimed(won(item, token, result), action).await;
+            self.registry.claimed(session, won(item, token, result), action).await;
+        }
+    }
+
+    /// Leaves the coordinator of this connection: the next claim is made at the next one.
+    fn leave(&mut self) {
+        if !mutant::on(mutant::name::CLAIMS_STAY) {
+            self.client = None;
+            self.next = Some(self.at.wrapping_add(1));
         }
     }
 
     async fn call(&mut self, request: ClaimManyRequest, patience: Duration) -> Result<ClaimManyResponse, Status> {
+        // The coordinator of the session has the store, or it would have handed the session over; and its view has seen
+        // the session's revision.
+        let session_at = self.identity.session().coordinator;
+        if session_at != self.session_at {
+            (self.client, self.session_at, self.next) = (None, session_at, None);
+        }
         if self.client.is_none() {
-            let connection = self.target.connect(self.first % self.target.len()).await;
+            let first = self.next.take().unwrap_or(session_at);
             // Nothing was sent: this is no unknown outcome.
-            let connection = connection.map_err(|e| Status::failed_precondition(e.to_string()))?;
-            self.client = Some(NodeServiceClient::new(connection));
+            let connected = self.coordinators.connect(first % self.coordinators.count()).await;
+            let (at, client) = connected.map_err(|e| Status::failed_precondition(e.to_string()))?;
+            (self.at, self.client) = (at, Some(client));
             self.one_by_one = false;
         }
         let Some(client) = &mut self.client else { return Err(Status::failed_precondition("no connection")) };
         let silence = |_| Status::deadline_exceeded("no answer in time");
         if !self.one_by_one {
-            let mut request = Request::new(request);
-            request.set_timeout(patience);
-            return Ok(timeout(patience, client.claim_many(request)).await.map_err(silence)??.into_inner());
+            return timeout(patience, client.claim_many(request, patience)).await.map_err(silence)?;
         }
         let Some(item) = request.claims.into_iter().next() else { return Ok(ClaimManyResponse::default()) };
-        let mut one = Request::new(ClaimRequest {
+        let one = ClaimRequest {
             session_id: request.session_id,
             session_revision: request.session_revision,
             instance: item.instance.clone(),
@@ -258,9 +329,8 @@ impl Claims {
             memory_bytes: item.memory_bytes,
             recorded_token: item.recorded_token,
             halt_generation: request.halt_generation,
-        });
-        one.set_timeout(patience);
-        let answer = timeout(patience, client.claim(one)).await.map_err(silence)??.into_inner();
+        };
+        let answer = timeout(patience, client.claim(one, patience)).await.map_err(silence)??;
         let (token, spec, revision) = (answer.token, answer.spec, answer.revision);
         let result = ClaimResult { instance: item.instance, token, spec, revision, ..ClaimResult::default() };
         Ok(ClaimManyResponse { results: vec![result], session_revision: answer.session_revision })
@@ -281,10 +351,7 @@ impl Claims {
 
 /// Looks at what offers of one model need of this host.
 async fn check(context: Arc<Context>, model: String, offers: Vec<Offer>) -> Vec<(Offer, Result<i64, No>)> {
-    let looked_at = offers.clone();
-    // The model may lie on another host, which may be away: other claims wait for this one.
-    let look = move || looked_at.iter().map(|offer| offers::check(&context, offer)).collect::<Vec<_>>();
-    match blocking::within(CHECK_DEADLINE, &model, look).await {
+    match context.machine.look_at_offers(&context, &model, &offers).await {
         Ok(outcomes) => offers.into_iter().zip(outcomes).collect(),
         Err(error) => {
             let why = format!("model_path \"{}\" can't be looked at: {error}", model.escape_debug());
@@ -348,6 +415,11 @@ fn is_lost(why: &str) -> bool {
             | reason::NOT_FOUND
             | reason::DELETING
     )
+}
+
+/// Whether the coordinator did nothing since it can't see the store, or lags behind it: another one may do it.
+fn cannot_see(status: &Status) -> bool {
+    status.code() == Code::Unavailable && reason_of(status).as_deref() == Some(reason::STORE_UNAVAILABLE)
 }
 
 /// Whether a call may have taken effect though it has failed.

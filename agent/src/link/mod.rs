@@ -7,6 +7,7 @@
 pub mod claims;
 pub mod identity;
 pub mod offers;
+pub mod remote;
 pub mod reports;
 pub mod session;
 pub mod stored;
@@ -14,16 +15,17 @@ mod stream;
 
 use crate::{
     blocking,
-    instance::registry::Registry,
+    instance::registry::{Registry, SessionSet},
     model::inventory,
     orphans::{Orphans, commands},
 };
-use claims::{Claims, Job};
+use claims::{Again, Claims};
 use drover_proto::{
-    transport::Target,
-    v1::{ClaimSet, ModelInventory, NodeEvent},
+    v1::{Capacity, CommandAnswer, ModelInventory, NodeCommand, NodeEvent, SpanCheckpoint},
+    world,
 };
 use identity::Identity;
+use remote::Coordinators;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -34,8 +36,8 @@ const AGAIN_INTERVAL: Duration = Duration::from_secs(5);
 const INVENTORY_INTERVAL: Duration = Duration::from_secs(5);
 /// How long that may take: an agent that begins waits for it.
 const SCAN_DEADLINE: Duration = Duration::from_secs(10);
-/// Claims that wait for their turn; further offers are passed over, they come again.
-const CLAIMS_WAITING: usize = 256;
+/// Offers that wait for their turn; further ones are passed over, they come again.
+const OFFERS_WAITING: usize = 256;
 
 /// What the link needs of the program.
 #[derive(Debug)]
@@ -43,7 +45,7 @@ pub struct Parts {
     /// The instances.
     pub registry: Arc<Registry>,
     /// The coordinators, as this node.
-    pub target: Target,
+    pub coordinators: Arc<dyn Coordinators>,
     /// What this node says of itself.
     pub about: session::About,
     /// Events to send.
@@ -60,47 +62,111 @@ pub struct Link {
     thread: std::thread::JoinHandle<()>,
 }
 
+/// What the loops of the link work with, whoever runs them.
+#[derive(Debug)]
+pub struct Wiring {
+    /// The instances.
+    pub registry: Arc<Registry>,
+    /// The coordinators, as this node.
+    pub coordinators: Arc<dyn Coordinators>,
+    /// What this node says of itself.
+    pub about: session::About,
+    /// Events to send.
+    pub events: mpsc::Receiver<NodeEvent>,
+    /// How its spans stand.
+    pub checkpoint: session::Checkpoint,
+    /// Its model files.
+    pub models: watch::Receiver<ModelInventory>,
+    /// What it has to give.
+    pub capacity: watch::Receiver<Capacity>,
+    /// Commands for whoever carries them out.
+    pub commands: mpsc::Sender<NodeCommand>,
+    /// What became of them.
+    pub answers: mpsc::Receiver<CommandAnswer>,
+}
+
 /// Starts the link. Must be called on the agent's main runtime.
 pub async fn start(parts: Parts) -> anyhow::Result<Link> {
     let stop = CancellationToken::new();
-    let context = parts.registry.context().clone();
-    let identity = Arc::new(Identity::open(&context.settings.state_dir, &context.events));
-    let (jobs, waiting) = mpsc::channel(CLAIMS_WAITING);
-    let (sets, latest_set) = watch::channel(None);
-    let models = watch::Sender::new(scan(&parts.registry).await);
+    let registry = parts.registry;
+    let models = watch::Sender::new(scan(&registry).await);
     let models_seen = models.subscribe();
-
-    let orphans = Arc::new(Orphans::start(parts.registry.clone(), parts.about.capacity.clone(), stop.clone()).await);
+    let orphans = Arc::new(Orphans::start(registry.clone(), parts.about.capacity.clone(), stop.clone()).await);
     let (commands, asked) = mpsc::channel(commands::WAITING);
     let (answer, answers) = mpsc::channel(commands::WAITING);
     let capacity = orphans.capacity();
     tokio::spawn(stop.clone().run_until_cancelled_owned(commands::work(orphans, asked, answer)));
-
-    let claims = Claims::new(parts.registry.clone(), parts.target.clone(), identity.clone());
-    tokio::spawn(stop.clone().run_until_cancelled_owned(claims.work(waiting)));
-    tokio::spawn(stop.clone().run_until_cancelled_owned(apply(parts.registry.clone(), latest_set, jobs.clone())));
-    tokio::spawn(stop.clone().run_until_cancelled_owned(look_through(parts.registry.clone(), models)));
-
-    let session = session::Session {
-        registry: parts.registry,
-        target: parts.target,
-        about: parts.about,
-        identity: identity.clone(),
-        events: parts.events,
-        telemetry: parts.telemetry,
-        models: models_seen,
-        capacity,
-        commands,
-        answers,
-        sets,
-        jobs,
-    };
+    tokio::spawn(stop.clone().run_until_cancelled_owned(look_through(registry.clone(), models)));
+    let telemetry = parts.telemetry;
+    let checkpoint = session::Checkpoint(Arc::new(move || of_spans(&telemetry)));
+    let (identity, session) = wire(
+        Wiring {
+            registry,
+            coordinators: parts.coordinators,
+            about: parts.about,
+            events: parts.events,
+            checkpoint,
+            models: models_seen,
+            capacity,
+            commands,
+            answers,
+        },
+        &stop,
+    );
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let stopped = stop.clone();
     let thread = std::thread::Builder::new()
         .name("session".to_owned())
         .spawn(move || runtime.block_on(session.keep(stopped)))?;
     Ok(Link { identity, stop, thread })
+}
+
+/// Starts the loops that claim and that apply sets of claims; the session's own loop ([`session::Session::keep`]) is the
+/// caller's to run, where nothing delays it.
+#[must_use]
+pub fn wire(wiring: Wiring, stop: &CancellationToken) -> (Arc<Identity>, session::Session) {
+    let Wiring { registry, coordinators, about, events, checkpoint, models, capacity, commands, answers } = wiring;
+    let context = registry.context().clone();
+    let identity = Arc::new(Identity::open(&context.settings.state_dir, context.machine.clone(), &context.events));
+    let (offers, offered) = mpsc::channel(OFFERS_WAITING);
+    let (again, unowned) = watch::channel(Again::default());
+    let (reconciling, reconciled) = watch::channel(0);
+    let (sets, latest_set) = watch::channel(None);
+    let (tell_applied, applied) = watch::channel((0, 0));
+    let claims = Claims::new(registry.clone(), coordinators.clone(), identity.clone());
+    tokio::spawn(world::task(stop.clone().run_until_cancelled_owned(claims.work(offered, unowned, reconciling))));
+    let apply = apply(registry.clone(), latest_set, again, tell_applied);
+    tokio::spawn(world::task(stop.clone().run_until_cancelled_owned(apply)));
+    let session = session::Session {
+        registry,
+        coordinators,
+        about,
+        identity: identity.clone(),
+        events,
+        checkpoint,
+        models,
+        capacity,
+        commands,
+        answers,
+        sets,
+        offers,
+        applied,
+        held: None,
+        reconciled,
+    };
+    (identity, session)
+}
+
+fn of_spans(telemetry: &drover_telemetry::Handle) -> SpanCheckpoint {
+    let checkpoint = telemetry.checkpoint();
+    SpanCheckpoint {
+        epoch: checkpoint.epoch,
+        highest_sequence: checkpoint.highest_sequence,
+        acknowledged_through: checkpoint.acknowledged_through,
+        given_up: checkpoint.given_up,
+        sampled_out: checkpoint.sampled_out,
+        program: "drover-agent".to_owned(),
+    }
 }
 
 impl Link {
@@ -119,24 +185,34 @@ impl Link {
     }
 }
 
-/// Applies sets of claims as they come, and the last one again from time to time.
-async fn apply(registry: Arc<Registry>, mut sets: watch::Receiver<Option<(u64, ClaimSet)>>, jobs: mpsc::Sender<Job>) {
+/// Applies sets of claims as they come, and the last one again from time to time; tells of which stream, and of which
+/// revision, the last one was.
+async fn apply(
+    registry: Arc<Registry>,
+    mut sets: watch::Receiver<Option<SessionSet>>,
+    again: watch::Sender<Again>,
+    applied: watch::Sender<(u64, i64)>,
+) {
+    let mut session = 0;
     loop {
-        let unowned = match tokio::time::timeout(AGAIN_INTERVAL, sets.changed()).await {
+        let runs = match tokio::time::timeout(AGAIN_INTERVAL, sets.changed()).await {
             Ok(Err(_)) => return,
             Ok(Ok(())) => {
                 let latest = sets.borrow_and_update().clone();
                 match latest {
-                    Some((session, set)) => registry.apply(session, set).await,
+                    Some(set) => {
+                        let now = (set.stream, set.set.revision);
+                        session = set.stream;
+                        let unowned = registry.apply(set).await;
+                        applied.send_replace(now);
+                        unowned
+                    }
                     None => continue,
                 }
             }
             Err(_) => registry.apply_again().await,
         };
-        for run in unowned {
-            // When the queue is full the next round brings it again.
-            let _ = jobs.try_send(Job::Again(run));
-        }
+        again.send_replace(Again { session, runs });
     }
 }
 

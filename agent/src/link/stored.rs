@@ -15,6 +15,15 @@ pub struct Stored {
     pub cluster_id: u64,
     /// Highest halt generation seen.
     pub halt_generation: u64,
+    /// Identity of the store's content; empty while none was told.
+    #[serde(default)]
+    pub store_id: String,
+    /// Revision of the store, in its generation, when this was written.
+    #[serde(default)]
+    pub store_revision: i64,
+    /// Id that the next session to be opened is to have; empty while none was chosen.
+    #[serde(default)]
+    pub next_session_id: String,
 }
 
 /// Path of the file.

@@ -1,11 +1,10 @@
 //! One stream of a session: its queue of messages, and what was sent and answered on it.
 
-use super::{identity, reports::Reports};
+use super::{identity, remote::Incoming, reports::Reports};
 use crate::clock::boottime_ns;
-use drover_proto::v1::{Heartbeat, RecordedRun, SessionRequest, SessionResponse, session_request};
+use drover_proto::v1::{Heartbeat, RecordedRun, SessionRequest, session_request};
 use std::{collections::VecDeque, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
-use tonic::Streaming;
 
 /// Messages that wait to be written to the stream.
 pub(super) const OUTGOING: usize = 256;
@@ -14,53 +13,65 @@ pub(super) const OUTGOING: usize = 256;
 const NOT_FOR_REPORTS: usize = 64;
 /// Heartbeats that may be unanswered at a time.
 const HEARTBEATS_MAX: usize = 64;
+/// Share of the session's time to live that a heartbeat may go unanswered: then the rest of it is worth more elsewhere.
+const UNANSWERED: f64 = 0.3;
+/// The same, at least: a coordinator may be busy.
+const UNANSWERED_MIN: Duration = Duration::from_secs(1);
 
 /// One stream, after its welcome.
 pub(super) struct Stream {
     outgoing: mpsc::Sender<SessionRequest>,
-    pub(super) incoming: Streaming<SessionResponse>,
+    pub(super) incoming: Incoming,
     pub(super) number: u64,
     pub(super) session_id: String,
+    /// Generation of the store when it was welcomed.
+    pub(super) generation: u64,
     pub(super) ttl: Duration,
     pub(super) interval: Duration,
-    /// Heartbeats that are not answered yet: sequence, when sent (CLOCK_BOOTTIME, ns).
-    unanswered: VecDeque<(u64, u64)>,
-    pub(super) last_answer: Instant,
+    /// Heartbeats that are not answered yet: sequence, when sent (CLOCK_BOOTTIME, ns), and the same by tokio's clock.
+    unanswered: VecDeque<(u64, u64, Instant)>,
     sequence: u64,
     pub(super) reports: Reports,
-    /// Whether reports are due that did not fit.
+    /// Whether reports are due that did not fit, or came too soon after others.
     pub(super) behind: bool,
-    /// What the coordinator was told last of what runs here.
-    pub(super) runs: Option<Vec<RecordedRun>>,
+    /// When the last report was sent.
+    pub(super) reported: Option<Instant>,
+    /// When everything is told next; `None` until the claims of the welcome were applied.
+    pub(super) inventory_at: Option<Instant>,
+    /// What the coordinator was told last of what runs here, and whether that was after all was tried to be claimed again.
+    pub(super) runs: Option<(Vec<RecordedRun>, bool)>,
 }
 
 impl Stream {
     pub(super) fn new(
         session: identity::Session,
+        generation: u64,
         ttl: Duration,
         interval: Duration,
         outgoing: mpsc::Sender<SessionRequest>,
-        incoming: Streaming<SessionResponse>,
+        incoming: Incoming,
     ) -> Self {
         Self {
             outgoing,
             incoming,
             number: session.number,
             session_id: session.id,
+            generation,
             ttl,
             interval,
             unanswered: VecDeque::new(),
-            last_answer: Instant::now(),
             sequence: 0,
             reports: Reports::default(),
             behind: false,
+            reported: None,
+            inventory_at: None,
             runs: None,
         }
     }
 
     pub(super) fn heartbeat(&mut self) -> anyhow::Result<()> {
         self.sequence += 1;
-        self.unanswered.push_back((self.sequence, boottime_ns()));
+        self.unanswered.push_back((self.sequence, boottime_ns(), Instant::now()));
         if self.unanswered.len() > HEARTBEATS_MAX {
             self.unanswered.pop_front();
         }
@@ -69,8 +80,7 @@ impl Stream {
 
     /// A heartbeat was answered; says when it was sent, if that is known.
     pub(super) fn answered(&mut self, answered: u64) -> Option<u64> {
-        self.last_answer = Instant::now();
-        while let Some((sequence, sent_ns)) = self.unanswered.front().copied() {
+        while let Some((sequence, sent_ns, _)) = self.unanswered.front().copied() {
             if sequence > answered {
                 break;
             }
@@ -80,6 +90,11 @@ impl Stream {
             }
         }
         None
+    }
+
+    /// When the oldest heartbeat has gone unanswered for too long; `None` while all are answered.
+    pub(super) fn give_up_at(&self) -> Option<Instant> {
+        self.unanswered.front().map(|(_, _, sent)| *sent + patience(self.ttl))
     }
 
     /// Puts a message in line; fails when the coordinator has not read for so long that the line is full.
@@ -99,6 +114,24 @@ impl Stream {
     }
 }
 
+/// PURE. How long a heartbeat may go unanswered in a session with this time to live.
+fn patience(ttl: Duration) -> Duration {
+    ttl.mul_f64(UNANSWERED).max(UNANSWERED_MIN)
+}
+
 pub(super) fn message(content: session_request::Message) -> SessionRequest {
     SessionRequest { message: Some(content) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_coordinator_that_answers_no_heartbeat_is_left_with_time_to_spare() {
+        let (ttl, interval) = (Duration::from_secs(10), Duration::from_secs(3));
+        // The last one that was answered was sent just before.
+        assert!(ttl - interval - patience(ttl) >= Duration::from_secs(4));
+        assert_eq!(patience(Duration::from_secs(2)), Duration::from_secs(1));
+    }
 }

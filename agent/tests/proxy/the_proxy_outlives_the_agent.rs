@@ -41,7 +41,7 @@ async fn the_next_agent_gives_its_routes_only_when_it_has_them_all() {
     host.route(&routes).await;
     host.proxy = None;
     let next = ProxyHandle::ensure(host.settings.clone()).await.unwrap();
-    let adopted = Routes::new(next.clone());
+    let adopted = Routes::new(std::sync::Arc::new(next.clone()));
     host.proxy = Some(next);
     // The supervisor of the first instance is at work before that of the second is there.
     adopted.prepare(routes[0].clone());

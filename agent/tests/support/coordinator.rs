@@ -65,19 +65,39 @@ pub struct State {
     pub one_by_one: bool,
     /// True: late answers wait.
     pub holding_answers: bool,
+    /// True: the replica that serves the session makes no claim, as its view lags behind the store; others do.
+    pub lagging: bool,
+    /// Claims that were refused for that.
+    pub refused_for_lag: usize,
+    /// Replica that serves the session.
+    pub session_at: usize,
     pub ttl_ms: i64,
     pub generation: u64,
+    /// By how much its clock is ahead of the agent's, in milliseconds.
+    pub clock_ahead: i64,
+    pub store_id: String,
     session_id: String,
     session_revision: i64,
-    revision: i64,
+    pub revision: i64,
     specs: BTreeMap<String, DeploymentSpec>,
     /// Revision of the last claim made of each instance.
     taken: BTreeMap<String, i64>,
     stream: Option<mpsc::Sender<Result<SessionResponse, Status>>>,
 }
 
+/// For how long an offer stands.
+const VALID_MS: i64 = 5_000;
+
+/// When that is over by a clock that is ahead by so much.
+fn deadline(ahead_ms: i64) -> prost_types::Timestamp {
+    let now = prost_types::Timestamp::from(SystemTime::now());
+    let seconds = now.seconds + (VALID_MS + ahead_ms) / 1000;
+    prost_types::Timestamp { seconds, ..now }
+}
+
+/// One replica: all share the state, as they would share a store.
 #[derive(Clone)]
-struct Service(Arc<Mutex<State>>);
+struct Service(Arc<Mutex<State>>, usize);
 
 pub struct Coordinator {
     address: SocketAddr,
@@ -86,9 +106,7 @@ pub struct Coordinator {
 
 impl Coordinator {
     pub async fn start() -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let service = Service(Arc::new(Mutex::new(State {
+        let state = State {
             hellos: Vec::new(),
             heartbeats: 0,
             welcomes: Vec::new(),
@@ -106,15 +124,31 @@ impl Coordinator {
             announcing: true,
             one_by_one: false,
             holding_answers: true,
+            lagging: false,
+            refused_for_lag: 0,
+            session_at: 0,
             ttl_ms: 3_000,
             generation: 1,
+            clock_ahead: 0,
+            store_id: "store-1".to_owned(),
             session_id: "none".to_owned(),
             session_revision: 0,
             revision: 100,
             specs: BTreeMap::new(),
             taken: BTreeMap::new(),
             stream: None,
-        })));
+        };
+        Self::serve(Service(Arc::new(Mutex::new(state)), 0)).await
+    }
+
+    /// Another replica over the same state.
+    pub async fn replica(&self, number: usize) -> Self {
+        Self::serve(Service(self.service.0.clone(), number)).await
+    }
+
+    async fn serve(service: Service) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
         let server = NodeServiceServer::with_interceptor(service.clone(), Admit::new(Security::default()));
         tokio::spawn(
             drover_proto::transport::server().add_service(server).serve_with_incoming(TcpListenerStream::new(listener)),
@@ -179,7 +213,8 @@ impl State {
             offer_revision: self.revision,
             spec: Some(spec),
             revision: 1,
-            deadline: Some((SystemTime::now() + Duration::from_secs(10)).into()),
+            deadline: Some(deadline(self.clock_ahead)),
+            valid_ms: VALID_MS,
             ..Offer::default()
         };
         self.send(session_response::Message::Offer(offer));
@@ -191,6 +226,7 @@ impl State {
             revision: self.revision,
             session_revision: self.session_revision,
             end_runs: self.end_runs.clone(),
+            store_generation: self.generation,
         }
     }
 
@@ -226,6 +262,7 @@ impl State {
             claims: Some(self.set()),
             resumed,
             coordinator: "script".to_owned(),
+            store_id: self.store_id.clone(),
         };
         self.hellos.push(hello.clone());
         self.welcomes.push(welcome.clone());
@@ -326,6 +363,7 @@ impl NodeService for Service {
                 return Err(Status::unavailable("not now"));
             }
             let welcome = state.welcome(&hello);
+            state.session_at = self.1;
             state.stream = Some(sender);
             state.send(session_response::Message::Welcome(welcome));
         }
@@ -351,6 +389,13 @@ impl NodeService for Service {
 
     async fn claim_many(&self, request: Request<ClaimManyRequest>) -> Result<Response<ClaimManyResponse>, Status> {
         let request = request.into_inner();
+        {
+            let mut state = self.0.lock().unwrap();
+            if state.lagging && state.session_at == self.1 {
+                state.refused_for_lag += 1;
+                return Err(with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "as the script says"));
+            }
+        }
         if self.0.lock().unwrap().one_by_one {
             return Err(Status::unimplemented("as the script says"));
         }

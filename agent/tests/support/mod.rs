@@ -64,6 +64,8 @@ pub fn llama_server() -> PathBuf {
 pub struct Node {
     pub root: tempfile::TempDir,
     pub coordinator: Coordinator,
+    /// More replicas of it, named to the agents after it.
+    pub replicas: Vec<Coordinator>,
     pub agent: Option<Child>,
     pub config: String,
     /// What its agents start as llama-server.
@@ -109,6 +111,7 @@ impl Node {
         let node = Self {
             root: tempfile::Builder::new().prefix("drover").tempdir().unwrap(),
             coordinator: Coordinator::start().await,
+            replicas: Vec::new(),
             agent: None,
             config: config.to_owned(),
             program: llama_server(),
@@ -167,12 +170,14 @@ impl Node {
         let config = self.path("agent.toml");
         fs::write(&config, &self.config).unwrap();
         let path = |name: &str| self.path(name).display().to_string();
+        let all = std::iter::once(&self.coordinator).chain(&self.replicas);
+        let addresses: Vec<String> = all.map(|coordinator| coordinator.address().to_string()).collect();
         let words = [
             env!("CARGO_BIN_EXE_drover-agent").to_owned(),
             format!("--config={}", config.display()),
             "--node=host-1".to_owned(),
             "--proxy-listen=127.0.0.1:0".to_owned(),
-            format!("--coordinators={}", self.coordinator.address()),
+            format!("--coordinators={}", addresses.join(",")),
             format!("--state-dir={}", path("state")),
             format!("--model-roots={}", path("models")),
             format!("--llama-server={}", self.program.display()),

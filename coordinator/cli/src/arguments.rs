@@ -1,6 +1,8 @@
 //! The command line of `drover`: commands, options, their help and their defaults.
 
+mod check;
 mod dev;
+mod nodes;
 mod processes;
 
 use crate::output::Format;
@@ -8,7 +10,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use drover_proto::limits;
 use std::path::PathBuf;
 
+pub use check::{Check, CheckCommand};
 pub use dev::{Dev, Store};
+pub use nodes::{Freeze, FreezeCommand, OverrideFreeze, RemoveNode};
 pub use processes::{Cleanup, ListProcesses, Processes, ProcessesCommand, StopProcess};
 
 const EXIT_CODES: &str = "\
@@ -120,6 +124,23 @@ Examples:
   drover processes stop --name tiny
   drover processes stop --node a --all")]
     Processes(Processes),
+    /// Look for what must not be
+    #[command(after_help = "Example:\n  drover check duplicates")]
+    Check(Check),
+    /// Show whether nothing is replaced because too many nodes are lost at once, or say that it is to go on
+    #[command(after_help = "\
+Examples:
+  drover freeze
+  drover freeze override --for 600 --reason \"rack 3 is really gone\"
+  drover freeze end-override
+
+Above a share of lost nodes (55 % of those seen in the last hour) what is wrong is more likely the network between them and
+the coordinators, and their servers run on: nothing that was owned is claimed elsewhere then. It goes on when nodes come back,
+when they have been lost for an hour, when they are removed (`drover remove-node`), or for as long as an override stands.")]
+    Freeze(Freeze),
+    /// Forget a node that is gone for good: it counts as lost no more, and its name is free
+    #[command(after_help = "Example:\n  drover remove-node gpu-7 --reason \"sent back\"")]
+    RemoveNode(RemoveNode),
     /// Send one prompt to a model through the gateway and print the answer as it comes
     #[command(after_help = "\
 Examples:
@@ -353,6 +374,10 @@ mod tests {
             "drover processes stop tiny-x --name tiny",
             "drover processes stop --name tiny --node a --all",
             "drover processes stop --name tiny --replace",
+            "drover freeze override",
+            "drover freeze override --for 0",
+            "drover freeze override --for 3601",
+            "drover remove-node",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

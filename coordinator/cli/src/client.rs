@@ -1,9 +1,10 @@
 //! Calls to the coordinators: which one to ask, how long to wait, and what an answer that never came means.
 //!
-//! Owns the connection and its deadlines. Reads go on to the next coordinator when one does not answer. A change that
-//! was sent is never sent twice: whether it took effect is then not known, and that is what is said.
+//! Owns the connection and its deadlines. Reads go on to the next coordinator when one does not answer, or can't reach the
+//! store. A change goes on only when a coordinator says that it did nothing for that reason. One that was sent and not
+//! answered is never sent twice: whether it took effect is then not known, and that is what is said.
 
-use crate::failure::{Failure, is_transport};
+use crate::failure::{Failure, did_nothing, is_elsewhere};
 use drover_proto::{
     transport::{Connection, Secret, Security, Target},
     v1::fleet_service_client::FleetServiceClient,
@@ -60,24 +61,47 @@ impl Client {
         Err(last)
     }
 
-    /// A call that changes something: sent once.
+    /// A call that changes one thing or nothing: sent again, to the next coordinator, only after one that did nothing.
     pub async fn write<T, F>(&self, mut call: impl FnMut(Fleet) -> F) -> Result<T, Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        match self.once(&mut call).await? {
-            Ok(answer) => Ok(answer),
-            Err(status) => Err(match self.failed(&status).await {
-                Failure::Unreachable(text) => Failure::Unreachable(format!(
-                    "{text}; whether the change took effect is not known: look with `drover get deployments`"
-                )),
-                other => other,
-            }),
-        }
+        self.change(&mut call, self.target.len()).await
     }
 
-    /// One attempt. The outer error is final (no coordinator can be connected to, or Drover refused); the inner one is
-    /// a connection that failed during the call.
+    /// A call that changes something in several steps: sent once.
+    pub async fn write_once<T, F>(&self, mut call: impl FnMut(Fleet) -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.change(&mut call, 1).await
+    }
+
+    async fn change<T, F>(&self, call: &mut impl FnMut(Fleet) -> F, times: usize) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut last = self.unreachable("none was tried");
+        for _ in 0..times {
+            let status = match self.once(call).await? {
+                Ok(answer) => return Ok(answer),
+                Err(status) => status,
+            };
+            last = self.failed(&status).await;
+            if !did_nothing(&status) {
+                break;
+            }
+        }
+        Err(match last {
+            Failure::Unreachable(text) => Failure::Unreachable(format!(
+                "{text}; whether the change took effect is not known: look with `drover get deployments`"
+            )),
+            other => other,
+        })
+    }
+
+    /// One attempt. The outer error is final (no coordinator can be connected to, or Drover refused); after the inner one
+    /// another coordinator may answer.
     async fn once<T, F>(&self, call: &mut impl FnMut(Fleet) -> F) -> Result<Result<T, Status>, Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
@@ -86,7 +110,7 @@ impl Client {
             .max_decoding_message_size(drover_proto::limits::MESSAGE_BYTES_MAX);
         match tokio::time::timeout(CALL_TIMEOUT, call(fleet)).await {
             Ok(Ok(response)) => Ok(Ok(response.into_inner())),
-            Ok(Err(status)) if is_transport(&status) => Ok(Err(status)),
+            Ok(Err(status)) if is_elsewhere(&status) => Ok(Err(status)),
             Ok(Err(status)) => Err(Failure::of_status(&status)),
             Err(_) => Ok(Err(Status::unavailable(format!("no answer within {} s", CALL_TIMEOUT.as_secs())))),
         }

@@ -11,6 +11,8 @@ use tonic_types::StatusExt as _;
 pub enum Failure {
     /// Drover answered with a failure, or a step of the command failed: exit code 1.
     Answered(String),
+    /// Drover answered that it did nothing for now, for want of the store or since it is shutting down: exit code 1.
+    Unavailable(String),
     /// The command line or a file is wrong; nothing was sent: exit code 2.
     Input(String),
     /// No coordinator (or no gateway) answered: exit code 3.
@@ -28,7 +30,7 @@ impl Failure {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Answered(_) => 1,
+            Self::Answered(_) | Self::Unavailable(_) => 1,
             Self::Input(_) => 2,
             Self::Unreachable(_) => 3,
             Self::TimedOut(_) => 4,
@@ -41,7 +43,11 @@ impl Failure {
     #[must_use]
     pub fn message(&self) -> Option<&str> {
         match self {
-            Self::Answered(text) | Self::Input(text) | Self::Unreachable(text) | Self::TimedOut(text) => Some(text),
+            Self::Answered(text)
+            | Self::Unavailable(text)
+            | Self::Input(text)
+            | Self::Unreachable(text)
+            | Self::TimedOut(text) => Some(text),
             Self::Interrupted(_) | Self::ReaderLeft => None,
         }
     }
@@ -52,6 +58,8 @@ impl Failure {
         let text = sentence(status);
         if is_transport(status) {
             Self::Unreachable(format!("the coordinator did not answer: {text}"))
+        } else if did_nothing(status) {
+            Self::Unavailable(text)
         } else {
             Self::Answered(text)
         }
@@ -92,6 +100,20 @@ pub fn is_transport(status: &Status) -> bool {
     // What a server sent has no source: this one was made here, of a connection that could not be made or broke.
     let made_here = std::error::Error::source(status).is_some();
     !ours && (by_code || made_here || (status.code() == Code::Unknown && status.message().contains("transport error")))
+}
+
+/// True when another coordinator may do what this one could not: it did not answer, or did nothing for want of the store
+/// or because it is shutting down. Of a change this says that nothing was changed only where [`is_transport`] does not hold.
+#[must_use]
+pub fn is_elsewhere(status: &Status) -> bool {
+    is_transport(status) || did_nothing(status)
+}
+
+/// True when a coordinator says that it did nothing for now, and why: another one may.
+#[must_use]
+pub fn did_nothing(status: &Status) -> bool {
+    status.code() == Code::Unavailable
+        && status::reason_of(status).as_deref() == Some(status::reason::STORE_UNAVAILABLE)
 }
 
 /// Message, fields that the message does not name already, and the reason.
@@ -147,6 +169,9 @@ mod tests {
         assert_eq!(Failure::of_status(&Status::unavailable("tcp connect error")).exit_code(), 3);
         let ours = status::with_reason(Code::Unavailable, status::reason::STORE_UNAVAILABLE, "the store is away");
         assert_eq!(Failure::of_status(&ours).exit_code(), 1);
+        assert!(is_elsewhere(&ours) && did_nothing(&ours) && !is_transport(&ours));
+        let full = status::with_reason(Code::ResourceExhausted, status::reason::STORE_UNAVAILABLE, "out of space");
+        assert!(!is_elsewhere(&full), "the store is the same for all of them");
     }
 
     #[test]

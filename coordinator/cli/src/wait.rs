@@ -101,7 +101,7 @@ pub async fn until_ready(
                 }
             },
             // A coordinator that is away for a moment is no reason to stop waiting.
-            Err(Failure::Unreachable(why)) => Failure::Unreachable(why),
+            Err(away @ (Failure::Unreachable(_) | Failure::Unavailable(_))) => away,
             Err(other) => return Err(other),
         };
         pause(deadline, why, &format!("{name} was not ready within {} s", timeout.as_secs()), name, progress).await?;
@@ -119,7 +119,7 @@ pub async fn until_gone(client: &Client, name: &str, timeout: Duration, progress
             }
             // Gone, or created anew by somebody else.
             Ok(_) => return Ok(()),
-            Err(Failure::Unreachable(why)) => Failure::Unreachable(why),
+            Err(away @ (Failure::Unreachable(_) | Failure::Unavailable(_))) => away,
             Err(other) => return Err(other),
         };
         pause(deadline, why, &format!("{name} was not gone within {} s", timeout.as_secs()), name, progress).await?;
@@ -139,6 +139,7 @@ async fn pause(deadline: Instant, why: Failure, late: &str, name: &str, progress
         let with = |text: String| format!("{late}: {text}");
         return Err(match why {
             Failure::Unreachable(text) => Failure::Unreachable(with(text)),
+            Failure::Unavailable(text) => Failure::Unavailable(with(text)),
             Failure::TimedOut(text) => Failure::TimedOut(with(text)),
             other => other,
         });

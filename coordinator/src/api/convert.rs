@@ -8,15 +8,10 @@ use drover_proto::{
     v1::{self, InstanceState},
 };
 use prost_types::Timestamp;
-use std::sync::Arc;
 use tonic::{Code, Status};
 
-/// A deployment; `unplaced` says why some instance of it finds no node.
-pub(super) fn deployment(
-    snapshot: &Snapshot,
-    stored: &record::Deployment,
-    unplaced: Option<&String>,
-) -> v1::Deployment {
+/// A deployment.
+pub(super) fn deployment(snapshot: &Snapshot, stored: &record::Deployment) -> v1::Deployment {
     let name = stored.spec.as_ref().map_or("", |s| s.name.as_str());
     let wanted: Vec<_> = snapshot.instances_of(name).filter(|(_, i)| i.value.wanted).collect();
     let count =
@@ -32,22 +27,16 @@ pub(super) fn deployment(
         deleting: stored.deleting,
         created_at: stored.created_at,
         updated_at: stored.updated_at,
-        message: deployment_message(snapshot, stored, name, ready, unplaced),
+        message: deployment_message(snapshot, stored, name, ready),
     }
 }
 
-fn deployment_message(
-    snapshot: &Snapshot,
-    stored: &record::Deployment,
-    name: &str,
-    ready: i32,
-    unplaced: Option<&String>,
-) -> String {
+fn deployment_message(snapshot: &Snapshot, stored: &record::Deployment, name: &str, ready: i32) -> String {
     if stored.deleting {
         return format!("being deleted; {} instances left", snapshot.instances_of(name).count());
     }
-    if let Some(why) = unplaced {
-        return format!("no node can take an instance: {why}");
+    if let Some(unplaced) = snapshot.unplaced.get(name) {
+        return format!("no node can take an instance: {}", unplaced.value.why);
     }
     let failed =
         snapshot.instances_of(name).find(|(id, i)| i.value.wanted && snapshot.state(id) == InstanceState::Failed);
@@ -58,16 +47,7 @@ fn deployment_message(
     if ready >= stored.replicas {
         return String::new();
     }
-    // Why, only the leader has worked out; it has told it to everybody as an event.
-    let homeless = |(id, i): (&String, &Arc<Stored<record::Instance>>)| {
-        i.value.wanted && i.value.offer.is_none() && !snapshot.claims.contains_key(id)
-    };
-    let hint = if snapshot.instances_of(name).any(homeless) {
-        format!("; no node can take an instance: the events of deployment/{name} say why")
-    } else {
-        String::new()
-    };
-    format!("{ready} of {} ready{hint}", stored.replicas)
+    format!("{ready} of {} ready", stored.replicas)
 }
 
 /// An instance.
@@ -94,10 +74,24 @@ pub(super) fn instance(snapshot: &Snapshot, id: &str, stored: &Stored<record::In
         since: status.and_then(|s| s.since).or(stored.value.created_at),
         message,
         wanted: stored.value.wanted,
+        unowned_node: unowned_node(snapshot, id, &stored.value).unwrap_or_default().to_owned(),
     }
 }
 
+/// The node whose server answers for an instance without being its owner.
+fn unowned_node<'a>(snapshot: &'a Snapshot, id: &str, stored: &record::Instance) -> Option<&'a str> {
+    let run = snapshot.answering(id).filter(|_| stored.wanted && snapshot.state(id) != InstanceState::Ready);
+    run.map(|run| run.node.as_str())
+}
+
 fn waiting_for(snapshot: &Snapshot, id: &str, stored: &record::Instance) -> String {
+    if let Some(node) = unowned_node(snapshot, id, stored) {
+        let next = match snapshot.claims.get(id) {
+            Some(claim) => format!("{} has claimed it", claim.value.node),
+            None => "it is claimed again when its node is back, or claimed by another".to_owned(),
+        };
+        return format!("its server on {node} answers without an owner; {next}");
+    }
     match (&stored.offer, snapshot.claims.contains_key(id)) {
         (_, true) => String::new(),
         (None, false) => "no node can take it".to_owned(),

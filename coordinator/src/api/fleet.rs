@@ -3,7 +3,9 @@
 use super::{
     convert,
     deployments::{self, Deployments},
-    events, logs, page,
+    events, logs,
+    nodes::Nodes,
+    page,
     processes::{self, Processes},
 };
 use crate::{
@@ -17,8 +19,7 @@ use drover_proto::{
     v1::{self, fleet_service_server::FleetService},
 };
 use futures::{StreamExt as _, stream::BoxStream};
-use std::{collections::BTreeMap, sync::Arc};
-use tokio::sync::watch;
+use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
@@ -30,7 +31,7 @@ pub struct Fleet {
     view: View,
     deployments: Deployments,
     processes: Processes,
-    unplaced: watch::Receiver<BTreeMap<String, String>>,
+    nodes: Nodes,
     proxies: crate::gateway::ProxyClient,
     stop: CancellationToken,
 }
@@ -42,14 +43,15 @@ impl Fleet {
         store: Store,
         view: View,
         events: Events,
-        unplaced: watch::Receiver<BTreeMap<String, String>>,
         proxies: crate::gateway::ProxyClient,
+        freeze_share_percent: u32,
         stop: CancellationToken,
     ) -> Self {
         let deployments = Deployments { store: store.clone(), view: view.clone(), events: events.clone() };
         let commands = Commands::new(store.clone(), view.clone());
+        let nodes = Nodes { store: store.clone(), view: view.clone(), events: events.clone(), freeze_share_percent };
         let processes = Processes { store: store.clone(), view: view.clone(), events, commands };
-        Self { store, view, deployments, processes, unplaced, proxies, stop }
+        Self { store, view, deployments, processes, nodes, proxies, stop }
     }
 
     /// A stream that ends, with an error that tells the caller to go elsewhere, when this coordinator goes away.
@@ -72,8 +74,7 @@ impl Fleet {
     }
 
     fn show(&self, snapshot: &Snapshot, stored: &drover_proto::store::v1::Deployment) -> v1::Deployment {
-        let name = stored.spec.as_ref().map_or("", |s| s.name.as_str());
-        convert::deployment(snapshot, stored, self.unplaced.borrow().get(name))
+        convert::deployment(snapshot, stored)
     }
 }
 
@@ -212,6 +213,14 @@ impl FleetService for Fleet {
         Ok(Response::new(self.processes.stop(&who, request.into_inner()).instrument(span).await?))
     }
 
+    async fn check_duplicates(
+        &self,
+        _: Request<v1::CheckDuplicatesRequest>,
+    ) -> Result<Response<v1::CheckDuplicatesResponse>, Status> {
+        self.snapshot()?;
+        Ok(Response::new(self.processes.check_duplicates().await?))
+    }
+
     async fn cleanup_processes(
         &self,
         request: Request<v1::CleanupProcessesRequest>,
@@ -219,5 +228,30 @@ impl FleetService for Fleet {
         self.snapshot()?;
         let (span, who) = (call_span!(request, "fleet.cleanup_processes"), processes::caller(&request));
         Ok(Response::new(self.processes.clean_up(&who, request.into_inner()).instrument(span).await?))
+    }
+
+    async fn get_freeze(&self, _: Request<v1::GetFreezeRequest>) -> Result<Response<v1::GetFreezeResponse>, Status> {
+        self.snapshot()?;
+        Ok(Response::new(v1::GetFreezeResponse { freeze: Some(self.nodes.freeze()) }))
+    }
+
+    async fn override_freeze(
+        &self,
+        request: Request<v1::OverrideFreezeRequest>,
+    ) -> Result<Response<v1::OverrideFreezeResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.override_freeze"), processes::caller(&request));
+        let freeze = self.nodes.override_freeze(&who, request.into_inner()).instrument(span).await?;
+        Ok(Response::new(v1::OverrideFreezeResponse { freeze: Some(freeze) }))
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<v1::RemoveNodeRequest>,
+    ) -> Result<Response<v1::RemoveNodeResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.remove_node"), processes::caller(&request));
+        self.nodes.remove(&who, request.into_inner()).instrument(span).await?;
+        Ok(Response::new(v1::RemoveNodeResponse {}))
     }
 }

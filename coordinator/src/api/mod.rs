@@ -6,6 +6,7 @@ mod events;
 mod fleet;
 mod logs;
 mod node;
+mod nodes;
 mod page;
 mod processes;
 mod validate;

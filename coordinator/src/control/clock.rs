@@ -1,15 +1,14 @@
 //! The wall clock of the coordinator: the only place that reads it. Pure code gets the time as an argument.
 
 pub use crate::plan::snapshot::millis;
+use drover_proto::world;
 use prost_types::Timestamp;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 /// Milliseconds since the epoch.
 #[must_use]
 pub fn now_ms() -> i64 {
-    #[allow(clippy::disallowed_methods)] // this is the edge where the wall clock enters
-    let now = SystemTime::now();
-    now.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+    world::wall().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// A record's timestamp.

@@ -11,11 +11,11 @@ use crate::store::{self, Change, Compare, Store, Txn, keys, records};
 use drover_proto::{
     store::v1 as record,
     v1::{CommandAnswer, NodeCommand, node_command},
+    world,
 };
 use prost::Message as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use uuid::Uuid;
 
 /// Commands that may wait for one node at a time.
 const WAITING_MAX: usize = 16;
@@ -113,7 +113,7 @@ impl Commands {
     }
 
     async fn exchange(&self, node: &str, command: node_command::Command, lease: i64) -> Result<CommandAnswer, Error> {
-        let id = Uuid::new_v4().to_string();
+        let id = world::uuid();
         let asked = record::Command { command: Some(NodeCommand { id: id.clone(), command: Some(command) }), lease };
         let txn = Txn {
             compare: vec![Compare::Exists(keys::session(node))],

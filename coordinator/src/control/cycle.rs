@@ -6,11 +6,13 @@
 use super::{
     clock,
     events::{self, Events},
-    leader::{Leadership, Term, guarded},
+    leader::{self, Leadership, Term, guarded},
+    mutant,
+    seen::{Rate, Seen},
     view::View,
 };
 use crate::{
-    plan::{self, Action, Input, Plan, snapshot::Snapshot},
+    plan::{self, Action, Freeze, Input, Plan, snapshot::Snapshot},
     store::{
         Compare, Error, Op, Store, keys,
         pack::{Step, pack},
@@ -25,6 +27,8 @@ use tracing::Span;
 
 /// Transactions of one plan under way at the same time.
 const CONCURRENT: usize = 16;
+/// Operations of one transaction about what finds no node; one has room for 128.
+const OPS_TOGETHER: usize = 100;
 /// Longest wait for the view to see what was written, before planning anyway (each write is guarded).
 const CATCH_UP: Duration = Duration::from_secs(5);
 /// Longest time without a new plan.
@@ -43,15 +47,18 @@ pub struct Cycle {
     pub events: Events,
     /// Settings of planning.
     pub settings: plan::Settings,
+    /// How many replacements may begin.
+    pub replace_rate: Rate,
     /// Source of ids.
     pub seed: u64,
-    /// What could not be placed and why, by deployment; shown by the API of this coordinator.
-    pub unplaced: tokio::sync::watch::Sender<BTreeMap<String, String>>,
 }
 
 impl Cycle {
     /// Runs until `stop`, planning whenever this coordinator leads.
     pub async fn run(mut self, mut leadership: Leadership, stop: CancellationToken) {
+        if mutant::on(mutant::name::NO_FREEZE) {
+            self.settings.freeze_share_percent = 100;
+        }
         let work = async {
             loop {
                 let term = match leadership.wait_for(Option::is_some).await {
@@ -64,8 +71,6 @@ impl Cycle {
                     () = self.lead(term) => {}
                     _ = over.wait_for(|now| *now != Some(term)) => {}
                 }
-                // What finds no node is the next leader's to tell.
-                self.unplaced.send_replace(BTreeMap::new());
             }
         };
         tokio::select! {
@@ -78,36 +83,55 @@ impl Cycle {
 
     async fn lead(&mut self, term: Term) {
         let mut snapshots = self.view.subscribe();
-        let mut unclaimed_since = BTreeMap::new();
+        let mut seen = Seen::default();
         let mut reached = term.revision;
+        let (created, mut term, mut unsettled) = (term.revision, term, false);
         loop {
+            if unsettled {
+                // Until it is known what became of the last plan, another one would do some of it twice.
+                match leader::settle(&self.store, created).await {
+                    Ok(revision) => (term.revision, reached, unsettled) = (revision, reached.max(revision), false),
+                    Err(error) => {
+                        tracing::warn!(%error, "planning waits until it is known what has become of the last plan");
+                        tokio::time::sleep(RETRY).await;
+                        continue;
+                    }
+                }
+            }
             // A new leader sees all that the one before has written: those writes compare the key that it replaced.
             if let Err(behind) = self.view.at_least(reached, CATCH_UP).await {
                 tracing::warn!(%behind, "planning waits for the view");
                 continue;
             }
             let snapshot = snapshots.borrow_and_update().clone();
-            let now_ms = clock::now_ms();
-            note_unclaimed(&snapshot, now_ms, &mut unclaimed_since);
+            let replacements = seen.replacements(self.replace_rate);
+            let freeze = Freeze::of(&snapshot, clock::now_ms(), self.settings.freeze_share_percent);
+            let was_frozen = seen.frozen;
+            let durations = seen.note(&snapshot, term.since, self.view.live_since(), freeze);
             self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let plan = plan::plan(&Input {
                 snapshot: &snapshot,
-                now_ms,
-                leading_since_ms: term.since_ms,
-                unclaimed_since_ms: &unclaimed_since,
+                now_ms: clock::now_ms(),
+                settled_for_ms: durations.settled_ms,
+                unclaimed_for_ms: &durations.unclaimed_ms,
+                joined_for_ms: &durations.joined_ms,
+                replacements,
                 seed: self.seed,
                 settings: &self.settings,
             });
-            self.tell_unplaced(&plan);
-            let (written, failed) = self.commit(&term, &snapshot, &plan).await;
+            seen.replaced(plan.replacements);
+            self.tell_frozen(freeze, was_frozen);
+            let told = self.tell_unplaced(&term, &snapshot, &plan);
+            let (told, done) = tokio::join!(told, self.commit(&term, &snapshot, &plan));
+            let Done { written, failed, unknown } = done.and(told);
             reached = reached.max(written);
+            unsettled = unknown && !mutant::on(mutant::name::ACTING_ON_UNKNOWN_OUTCOME);
             if failed {
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
-            let pause = if plan.actions.is_empty() {
-                plan.wake_at_ms
-                    .map_or(IDLE, |at| Duration::from_millis(u64::try_from(at - clock::now_ms()).unwrap_or(0) + 1))
+            let pause = if plan.actions.is_empty() && written == 0 {
+                plan.wake_in_ms.map_or(IDLE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1))
             } else if written == 0 {
                 // Nothing is as the plan saw it: the same plan would come again until the view has changed.
                 RETRY
@@ -118,37 +142,72 @@ impl Cycle {
         }
     }
 
-    fn tell_unplaced(&self, plan: &Plan) {
-        let now: BTreeMap<String, String> =
-            plan.unplaced.iter().map(|u| (u.deployment.clone(), u.why.clone())).collect();
-        self.unplaced.send_if_modified(|before| {
-            for (name, why) in &now {
-                if before.get(name) != Some(why) {
-                    let message = format!("no node can take an instance: {why}");
-                    self.events.record(format!("deployment/{name}"), "Unplaced", Severity::Warning, message);
+    /// Tells when replacement freezes, and when it goes on.
+    fn tell_frozen(&self, freeze: Freeze, before: bool) {
+        let now = freeze.frozen();
+        if before == now {
+            return;
+        }
+        let share = self.settings.freeze_share_percent;
+        let (reason, severity, message) = if now {
+            let message = format!(
+                "{freeze}, more than {share} %: nothing is replaced until they come back, or `drover freeze override` says so"
+            );
+            ("Frozen", Severity::Error, message)
+        } else if freeze.over {
+            ("Thawed", Severity::Warning, format!("{freeze}: replacement goes on, as an operator has said"))
+        } else {
+            ("Thawed", Severity::Info, format!("{freeze}: replacement goes on"))
+        };
+        self.events.record(events::FLEET.to_owned(), reason, severity, message);
+    }
+
+    /// Writes what finds no node and why, where it has changed, for every replica to show; on the lease of the term, so that it is
+    /// gone when nobody leads who could take it back.
+    async fn tell_unplaced(&self, term: &Term, snapshot: &Snapshot, plan: &Plan) -> Done {
+        let now: BTreeMap<&str, &str> = plan.unplaced.iter().map(|u| (u.deployment.as_str(), u.why.as_str())).collect();
+        let before = |name: &str| snapshot.unplaced.get(name).map(|stored| stored.value.why.as_str());
+        let news: Vec<_> = now.iter().filter(|(name, why)| before(name) != Some(**why)).collect();
+        let put = |(name, why): &(&&str, &&str)| {
+            let why = (**why).to_owned();
+            records::put(keys::unplaced(name), &record::Unplaced { why }, term.lease)
+        };
+        let over = snapshot.unplaced.keys().filter(|name| !now.contains_key(name.as_str()));
+        let over: Vec<Op> = over.map(|name| Op::Delete(keys::unplaced(name))).collect();
+        let ops: Vec<Op> = news.iter().map(put).chain(over).collect();
+        let mut done = Done::default();
+        for some in ops.chunks(OPS_TOGETHER) {
+            let step = Step { compare: Vec::new(), then: some.to_vec() };
+            done = done.and(match self.store.txn(guarded(term, step)).await {
+                Ok(outcome) if outcome.succeeded => Done { written: outcome.revision, ..Done::default() },
+                // Another one leads.
+                Ok(_) => Done::default(),
+                Err(error) => {
+                    tracing::warn!(%error, "what finds no node could not be told");
+                    // Written again as it is then: there is nothing to settle.
+                    Done { failed: true, ..Done::default() }
                 }
+            });
+        }
+        if !done.failed {
+            for (name, why) in news {
+                let message = format!("no node can take an instance: {why}");
+                self.events.record(format!("deployment/{name}"), "Unplaced", Severity::Warning, message);
             }
-            let changed = *before != now;
-            *before = now;
-            changed
-        });
+        }
+        done
     }
 
     /// Returns the highest revision written and whether anything failed for a reason that time may mend.
-    async fn commit(&self, term: &Term, snapshot: &Snapshot, plan: &Plan) -> (i64, bool) {
+    async fn commit(&self, term: &Term, snapshot: &Snapshot, plan: &Plan) -> Done {
         let written = plan.actions.iter().map(|action| Written::of(snapshot, action)).collect();
-        let runs = pack(written, 1, |written: &Written<'_>| &written.step);
+        let runs = pack(written, Term::COMPARES, |written: &Written<'_>| &written.step);
         gathered(runs.iter().map(|run| self.carry_out(term, snapshot, run)).collect()).await
     }
 
     /// Actions that share a transaction. When the records are not as the plan saw them for one of them, each is tried for
     /// itself: that one is left for the next plan.
-    fn carry_out<'a>(
-        &'a self,
-        term: &'a Term,
-        snapshot: &'a Snapshot,
-        run: &'a [Written<'a>],
-    ) -> BoxFuture<'a, (i64, bool)> {
+    fn carry_out<'a>(&'a self, term: &'a Term, snapshot: &'a Snapshot, run: &'a [Written<'a>]) -> BoxFuture<'a, Done> {
         async move {
             let together = Step::join(run.iter().map(|written| &written.step));
             match self.store.txn(guarded(term, together)).await {
@@ -156,16 +215,16 @@ impl Cycle {
                     for written in run {
                         written.span.in_scope(|| self.tell(snapshot, written.action));
                     }
-                    (outcome.revision, false)
+                    Done { written: outcome.revision, ..Done::default() }
                 }
                 Ok(_) | Err(Error::Rejected(_)) if run.len() > 1 => {
                     gathered(run.chunks(1).map(|one| self.carry_out(term, snapshot, one)).collect()).await
                 }
-                Ok(_) => (0, false),
+                Ok(_) => Done::default(),
                 Err(error) => {
                     let actions: Vec<_> = run.iter().map(|written| name(written.action)).collect();
                     tracing::warn!(%error, ?actions, "a step of the plan was not carried out");
-                    (0, true)
+                    Done { failed: true, unknown: matches!(error, Error::OutcomeUnknown(_)), ..Done::default() }
                 }
             }
         }
@@ -197,17 +256,39 @@ impl Cycle {
             Action::RemoveDeployment { name, .. } => {
                 self.events.record(events::FLEET.to_owned(), "Removed", info, format!("deployment {name} is gone"));
             }
-            Action::Collect { .. } | Action::TrimRevisions { .. } => {}
+            // That its session has ended is told by who has looked after it.
+            Action::NoteLost { .. }
+            | Action::CloseRun { .. }
+            | Action::Collect { .. }
+            | Action::TrimRevisions { .. } => {}
         }
     }
 }
 
-/// Does several transactions, a few at a time: the highest revision written, and whether one has failed.
-async fn gathered(steps: Vec<BoxFuture<'_, (i64, bool)>>) -> (i64, bool) {
-    stream::iter(steps)
-        .buffer_unordered(CONCURRENT)
-        .fold((0, false), |(revision, failed), (r, f)| async move { (revision.max(r), failed || f) })
-        .await
+/// What has become of transactions.
+#[derive(Debug, Default)]
+struct Done {
+    /// The highest revision written.
+    written: i64,
+    /// One has failed for a reason that time may mend.
+    failed: bool,
+    /// Of one it is not known whether it has taken effect.
+    unknown: bool,
+}
+
+impl Done {
+    fn and(self, other: Self) -> Self {
+        Self {
+            written: self.written.max(other.written),
+            failed: self.failed || other.failed,
+            unknown: self.unknown || other.unknown,
+        }
+    }
+}
+
+/// Does several transactions, a few at a time.
+async fn gathered(steps: Vec<BoxFuture<'_, Done>>) -> Done {
+    stream::iter(steps).buffer_unordered(CONCURRENT).fold(Done::default(), |all, one| async move { all.and(one) }).await
 }
 
 /// An action as it is written, and its span, which is open until it is done.
@@ -264,6 +345,17 @@ fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Ve
             let compare = vec![Compare::ModRevision(keys::instance(id), *expect)];
             (compare, vec![records::put(keys::instance(id), &instance, 0)])
         }
+        Action::CloseRun { key, expect } => {
+            let key = format!("{}{key}", keys::RUNS);
+            (vec![Compare::ModRevision(key.clone(), *expect)], vec![Op::Delete(key)])
+        }
+        Action::NoteLost { node, expect, at_ms } => {
+            let mut record = snapshot.nodes.get(node).map(|n| n.value.clone()).unwrap_or_default();
+            record.lost_at = Some(clock::timestamp(*at_ms));
+            let compare =
+                vec![Compare::ModRevision(keys::node(node), *expect), Compare::CreateRevision(keys::session(node), 0)];
+            (compare, vec![records::put(keys::node(node), &record, 0)])
+        }
         Action::Collect { id, expect } => {
             let compare =
                 vec![Compare::ModRevision(keys::instance(id), *expect), Compare::CreateRevision(keys::claim(id), 0)];
@@ -318,7 +410,7 @@ fn cause(snapshot: &Snapshot, action: &Action) -> String {
             of_instance(id).and_then(|i| of_deployment(&i.value.deployment))
         }
         Action::RemoveDeployment { name, .. } => of_deployment(name),
-        Action::TrimRevisions { .. } => None,
+        Action::NoteLost { .. } | Action::CloseRun { .. } | Action::TrimRevisions { .. } => None,
     };
     found.unwrap_or_default()
 }
@@ -339,6 +431,8 @@ fn name(action: &Action) -> &'static str {
         Action::Create { .. } => "create",
         Action::Offer { .. } => "offer",
         Action::Stop { .. } => "stop",
+        Action::NoteLost { .. } => "note_lost",
+        Action::CloseRun { .. } => "close_run",
         Action::Collect { .. } => "collect",
         Action::RemoveDeployment { .. } => "remove_deployment",
         Action::TrimRevisions { .. } => "trim_revisions",
@@ -350,16 +444,8 @@ fn object(action: &Action) -> &str {
         Action::Create { id, .. } | Action::Offer { id, .. } | Action::Stop { id, .. } | Action::Collect { id, .. } => {
             id
         }
+        Action::NoteLost { node, .. } => node,
+        Action::CloseRun { key, .. } => key,
         Action::RemoveDeployment { name, .. } | Action::TrimRevisions { name, .. } => name,
-    }
-}
-
-/// Remembers since when what was owned before is seen without a claim.
-fn note_unclaimed(snapshot: &Snapshot, now_ms: i64, since: &mut BTreeMap<String, i64>) {
-    since.retain(|id, _| snapshot.instances.contains_key(id) && !snapshot.claims.contains_key(id));
-    for id in snapshot.instances.keys() {
-        if snapshot.taken.contains_key(id) && !snapshot.claims.contains_key(id) {
-            since.entry(id.clone()).or_insert(now_ms);
-        }
     }
 }

@@ -10,6 +10,7 @@ use drover_proto::{
     ids, limits,
     store::v1 as record,
     v1::{Event, Severity},
+    world,
 };
 use prost::Message as _;
 use std::{
@@ -32,6 +33,8 @@ const FORGET: Duration = Duration::from_secs(60);
 /// Most characters of a message: what is written together fits the store with room to spare.
 const MESSAGE_MAX: usize = 4000;
 const ATTEMPTS: usize = 3;
+/// How soon after the last write an event waits for others, to be written with them: what happens happens to many.
+const LINGER: Duration = Duration::from_millis(100);
 /// Events that are written by one transaction: each takes up to two of its 128 comparisons. Fewer than a ring holds, so that
 /// none is overwritten by another of them.
 const TOGETHER: usize = 48;
@@ -42,11 +45,16 @@ pub fn history(deployment: &str) -> String {
     format!("{HISTORY}{deployment}")
 }
 
+/// PURE. Whether an event is one of such a ring.
+fn is_copy(event: &Event) -> bool {
+    event.object.starts_with(HISTORY)
+}
+
 /// PURE. An event of such a ring as the one about an instance that it is a copy of; any other as it is.
 #[must_use]
 pub fn restored(event: Event) -> Event {
     match event.message.split_once(": ") {
-        Some((id, message)) if event.object.starts_with(HISTORY) => {
+        Some((id, message)) if is_copy(&event) => {
             Event { object: format!("instance/{id}"), message: message.to_owned(), ..event }
         }
         _ => event,
@@ -65,13 +73,16 @@ impl Events {
     #[must_use]
     pub fn start(store: Store, source: String) -> (Self, tokio::task::JoinHandle<()>) {
         let (queue, mut events) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(async move {
+        let task = tokio::spawn(world::task(async move {
             let mut rings = Rings::new(store);
             let mut waiting = Vec::new();
+            let mut written = Instant::now();
             while events.recv_many(&mut waiting, TOGETHER).await > 0 {
+                gather(&mut events, &mut waiting, written + LINGER).await;
                 rings.write_all(std::mem::take(&mut waiting)).await;
+                written = Instant::now();
             }
-        });
+        }));
         (Self { queue, source }, task)
     }
 
@@ -143,6 +154,14 @@ impl Events {
     }
 }
 
+/// Adds what comes until then, up to [`TOGETHER`].
+async fn gather(events: &mut mpsc::Receiver<Event>, waiting: &mut Vec<Event>, until: Instant) {
+    let more =
+        async { while waiting.len() < TOGETHER && events.recv_many(waiting, TOGETHER - waiting.len()).await > 0 {} };
+    // A receive that is broken off has taken nothing.
+    let _ = tokio::time::timeout_at(until, more).await;
+}
+
 struct Rings {
     store: Store,
     /// Next sequence and the revisions of the slots, by object.
@@ -185,8 +204,10 @@ impl Rings {
         for event in &events {
             self.next.remove(&event.object);
         }
-        for event in events {
-            if let Err(error) = self.write(event).await {
+        for (n, event) in events.iter().enumerate() {
+            // Its copy in the ring of history comes right behind it.
+            let is_copied = events[n + 1..].iter().any(|later| is_copy(later) && restored(later.clone()) == *event);
+            if let Err(error) = self.write(event.clone(), is_copied).await {
                 tracing::warn!(%error, "an event was not recorded");
             }
         }
@@ -231,7 +252,8 @@ impl Rings {
         Ok(())
     }
 
-    async fn write(&mut self, mut event: Event) -> Result<(), Error> {
+    /// Writes an event to its object's ring; of an object that is gone to the fleet's, unless a copy outlives it.
+    async fn write(&mut self, mut event: Event, is_copied: bool) -> Result<(), Error> {
         for _ in 0..ATTEMPTS {
             if !self.next.contains_key(&event.object) {
                 if self.next.len() >= REMEMBERED {
@@ -254,7 +276,7 @@ impl Rings {
                     if let Some(key) = owner(&event.object)
                         && self.store.get(&key).await?.is_none()
                     {
-                        if event.object.starts_with(HISTORY) {
+                        if is_copy(&event) || (is_copied && self.has_history(&event).await?) {
                             return Ok(());
                         }
                         event.message = format!("{}: {}", event.object, event.message);
@@ -265,6 +287,13 @@ impl Rings {
             }
         }
         Err(Error::Unavailable(format!("the ring of {} was written by others {ATTEMPTS} times in a row", event.object)))
+    }
+
+    /// Whether the ring of history that has an event's copy is still there.
+    async fn has_history(&self, event: &Event) -> Result<bool, Error> {
+        let instance = event.object.strip_prefix("instance/").unwrap_or_default();
+        let Some(deployment) = ids::deployment_of(instance) else { return Ok(false) };
+        Ok(self.store.get(&keys::deployment(deployment)).await?.is_some())
     }
 
     async fn read(&self, object: &str) -> Result<Ring, Error> {
@@ -335,6 +364,23 @@ mod tests {
         assert_eq!(rings.next.keys().collect::<Vec<_>>(), [FLEET]);
         rings.write_all(vec![told("gone")]).await;
         assert_eq!(rings.next["gone"].next, 2, "it goes on where it was");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_told_of_an_instance_that_is_gone_is_told_once() {
+        let store: Store = Arc::new(Memory::start(1));
+        let told = async |object: &str| store.list(&keys::events(object)).await.unwrap().items.len();
+        let event =
+            || Event { object: "instance/tiny-222222".to_owned(), message: "on a".to_owned(), ..Event::default() };
+        let copy = || Event { object: history("tiny"), message: "tiny-222222: on a".to_owned(), ..event() };
+        let mut rings = Rings::new(store.clone());
+        // Deployment and all: then the fleet's ring has it.
+        rings.write_all(vec![event(), copy()]).await;
+        assert_eq!((told(FLEET).await, told("history/tiny").await), (1, 0));
+        let then = vec![Op::Put { key: keys::deployment("tiny"), value: vec![], lease: 0 }];
+        assert!(store.txn(Txn { then, ..Txn::default() }).await.unwrap().succeeded);
+        rings.write_all(vec![event(), copy()]).await;
+        assert_eq!((told(FLEET).await, told("history/tiny").await), (1, 1));
     }
 
     #[test]

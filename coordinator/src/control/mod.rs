@@ -1,9 +1,11 @@
 //! Control: what a coordinator does on its own account, above the store and below the API.
 //!
-//! Owns: the watched view of the store ([`view`]), the election ([`leader`]), the cycle observe → plan → commit
-//! ([`cycle`]), agents' sessions ([`sessions`]) and their claims ([`claims`]), what owners report ([`status`]), what
+//! Owns: the watched view of the store ([`view`]), whether it can be reached ([`reach`]), the election ([`leader`]), the cycle
+//! observe → plan → commit ([`cycle`]), agents' sessions ([`sessions`]), planned absences ([`absences`]) and claims
+//! ([`claims`]), what owners report ([`status`]), what
 //! operators ask of nodes ([`commands`]), and the record of what happened ([`events`]).
 
+pub mod absences;
 pub mod claims;
 pub mod clock;
 pub mod commands;
@@ -11,6 +13,8 @@ pub mod cycle;
 pub mod events;
 pub mod leader;
 pub mod mutant;
+pub mod reach;
+pub mod seen;
 pub mod sessions;
 pub mod status;
 #[cfg(test)]

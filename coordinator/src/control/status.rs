@@ -71,13 +71,13 @@ impl Statuses {
         let mut writes = Vec::new();
         for (n, report) in reports.iter().enumerate() {
             match Write::of(&snapshot, node, report) {
-                Ok(write) => writes.push((n, write.step(write.replaces), write)),
+                Ok(write) => writes.push((n, write.step(), write)),
                 Err(accepted) => settled[n] = Some(accepted),
             }
         }
-        for run in pack(writes, 0, |(_, step, _)| step) {
-            let Step { compare, then } = Step::join(run.iter().map(|(_, step, _)| step));
-            let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await;
+        for run in pack(writes, 1, |(_, step, _)| step) {
+            let together = in_this_store(&snapshot, Step::join(run.iter().map(|(_, step, _)| step)), vec![]);
+            let outcome = self.store.txn(together).await;
             let Ok(outcome) = outcome else { continue };
             if outcome.succeeded {
                 *written = outcome.revision;
@@ -102,42 +102,48 @@ impl Statuses {
     /// The status that it replaces is compared too: a report whose outcome was unknown, and which commits after all, does
     /// not replace what its node has reported since, maybe through another coordinator.
     pub async fn record(&self, node: &str, report: &StatusReport) -> Result<bool, Error> {
+        let id = &report.instance;
         // The view at the token's revision or later shows the claim, or that it is gone.
-        let reached = self.view.at_least(self.refers_to(report), CATCH_UP).await;
-        let snapshot = reached.map_err(|behind| Error::Unavailable(behind.to_string()))?;
-        let write = match Write::of(&snapshot, node, report) {
-            Ok(write) => write,
-            Err(accepted) => return Ok(accepted),
-        };
-        let (id, token) = (&report.instance, write.token);
-        let mut replaces = write.replaces;
+        let mut known = self.refers_to(report);
         for _ in 0..ATTEMPTS {
-            let Step { compare, then } = write.step(replaces);
-            let otherwise = vec![Op::Get(keys::claim(id)), Op::Get(keys::status(id))];
-            let outcome = self.store.txn(Txn { compare, then, otherwise }).await?;
+            let reached = self.view.at_least(known, CATCH_UP).await;
+            let snapshot = reached.map_err(|behind| Error::Unavailable(behind.to_string()))?;
+            let write = match Write::of(&snapshot, node, report) {
+                Ok(write) => write,
+                Err(accepted) => return Ok(accepted),
+            };
+            let token = write.token;
+            let otherwise = vec![Op::Get(keys::claim(id)), Op::Get(keys::status(id)), Op::Get(keys::SCHEMA.to_owned())];
+            let outcome = self.store.txn(in_this_store(&snapshot, write.step(), otherwise)).await?;
             if outcome.succeeded {
                 self.tell(node, report, &token, write.before);
                 return Ok(true);
             }
             let revision = |n: usize| outcome.reads.get(n).and_then(|r| r.first()).map_or(0, |kv| kv.mod_revision);
+            if revision(2) != schema_revision(&snapshot) {
+                return Err(Error::Unavailable(
+                    "the store was restored meanwhile: what the token says is read anew".to_owned(),
+                ));
+            }
             if revision(0) != token.revision {
                 return if write.ended { self.close_own_run(node, id, &token).await } else { Ok(false) };
             }
-            // The view had not seen the last report yet.
-            replaces = revision(1);
+            // The view had not seen the last report yet: what follows from it (the run's record) is worked out anew.
+            known = known.max(revision(1));
         }
         Err(Error::Unavailable(format!("the status of {id} was written by others {ATTEMPTS} times in a row")))
     }
 
     /// A node may close the record of a run of its own that has ended, whoever owns the instance now.
-    async fn close_own_run(&self, node: &str, id: &str, token: &Token) -> Result<bool, Error> {
+    pub(super) async fn close_own_run(&self, node: &str, id: &str, token: &Token) -> Result<bool, Error> {
         let key = keys::run(id, token);
         let Some(stored) = self.store.get(&key).await? else { return Ok(true) };
         if records::decode::<record::Run>(&stored)?.node != node {
             return Ok(false);
         }
         let compare = vec![Compare::ModRevision(key.clone(), stored.mod_revision)];
-        Ok(self.store.txn(Txn { compare, then: vec![Op::Delete(key)], otherwise: vec![] }).await?.succeeded)
+        let step = Step { compare, then: vec![Op::Delete(key)] };
+        Ok(self.store.txn(in_this_store(&self.view.snapshot(), step, vec![])).await?.succeeded)
     }
 
     fn tell(&self, node: &str, report: &StatusReport, token: &Token, before: Option<InstanceState>) {
@@ -180,6 +186,19 @@ impl Statuses {
             self.events.record_from(source, object, reason, severity, message);
         }
     }
+}
+
+fn schema_revision(snapshot: &Snapshot) -> i64 {
+    snapshot.schema.as_ref().map_or(0, |schema| schema.mod_revision)
+}
+
+/// A transaction of a step that was decided from a snapshot: void once the store was restored, where the revisions that it
+/// compares may come again.
+fn in_this_store(snapshot: &Snapshot, Step { mut compare, then }: Step, otherwise: Vec<Op>) -> Txn {
+    if !mutant::on(mutant::name::NO_SCHEMA_COMPARE) {
+        compare.push(Compare::ModRevision(keys::SCHEMA.to_owned(), schema_revision(snapshot)));
+    }
+    Txn { compare, then, otherwise }
 }
 
 fn span(report: &StatusReport) -> Span {
@@ -236,15 +255,15 @@ impl Write {
         })
     }
 
-    /// Written while the claim stands, in the place of the status of this revision.
-    fn step(&self, replaces: i64) -> Step {
+    /// Written while the claim stands, in the place of the status that the snapshot shows.
+    fn step(&self) -> Step {
         let compare = if mutant::on(mutant::name::STATUS_WITHOUT_FENCE) {
             vec![]
         } else {
             vec![
                 // A claim is never rewritten, so its revision is the token, and it names one owner.
                 Compare::ModRevision(keys::claim(&self.id), self.token.revision),
-                Compare::ModRevision(keys::status(&self.id), replaces),
+                Compare::ModRevision(keys::status(&self.id), self.replaces),
             ]
         };
         Step { compare, then: self.then.clone() }
@@ -258,11 +277,18 @@ fn writes(snapshot: &Snapshot, id: &str, token: &Token, status: &record::Status,
     if ended {
         then.push(Op::Delete(keys::claim(id)));
         then.push(Op::Delete(keys::run(id, token)));
-    } else if !snapshot.runs.contains_key(&format!("{id}/{token}")) {
-        let run = record::Run { node: status.node.clone(), token: Some(*token), started_at: Some(clock::now()) };
-        then.push(records::put(keys::run(id, token), &run, 0));
     } else {
-        return then;
+        // Written together with the status, which is compared: what the snapshot shows of it is what stands.
+        let known = snapshot.runs.get(&format!("{id}/{token}")).map(|stored| &stored.value);
+        let ready = status.state() == InstanceState::Ready;
+        if known.is_none_or(|known| known.ready != ready) {
+            let started_at = known.and_then(|known| known.started_at).or_else(|| Some(clock::now()));
+            let run = record::Run { node: status.node.clone(), token: Some(*token), started_at, ready };
+            then.push(records::put(keys::run(id, token), &run, 0));
+        }
+        if known.is_some() {
+            return then;
+        }
     }
     let all = format!("{id}/");
     let runs =

@@ -3,9 +3,10 @@
 mod batches;
 mod faults;
 pub(crate) mod faulty;
+mod reach;
 mod together;
 
-use super::{claims, claims::Claims, cycle::Cycle, events::Events, leader, status::Statuses, view::View};
+use super::{claims, claims::Claims, cycle::Cycle, events::Events, leader, seen::Rate, status::Statuses, view::View};
 use crate::{
     plan,
     store::{Compare, Store, Txn, keys, memory::Memory, pack::Step, records, schema},
@@ -15,7 +16,7 @@ use drover_proto::{
     store::v1 as record,
     v1::{Capacity, ClaimRequest, DeploymentSpec, InstanceState, ModelFile, ModelInventory, StatusReport, Token},
 };
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -35,7 +36,7 @@ impl World {
     }
 
     async fn over(store: Store) -> Self {
-        schema::open(&store).await.unwrap();
+        schema::open(&store, None).await.unwrap();
         let stop = CancellationToken::new();
         let view = View::start(store.clone(), stop.clone());
         let (events, _) = Events::start(store.clone(), "coordinator/test".to_owned());
@@ -51,6 +52,11 @@ impl World {
         revision
     }
 
+    /// Revision of the store's schema.
+    fn schema(&self) -> i64 {
+        self.view.snapshot().schema.as_ref().unwrap().mod_revision
+    }
+
     /// A node with a session; returns the session's revision.
     async fn node(&self, name: &str, memory_bytes: i64) -> i64 {
         let lease = self.store.grant(Duration::from_secs(60)).await.unwrap();
@@ -60,7 +66,8 @@ impl World {
             truncated: false,
         };
         let capacity = Some(Capacity { memory_bytes, cpus: 1, gpus: vec![] });
-        let node = record::Node { capacity, models: Some(models), ..record::Node::default() };
+        let inventory_of = format!("s-{name}");
+        let node = record::Node { capacity, models: Some(models), inventory_of, ..record::Node::default() };
         self.put(keys::node(name), &node, 0).await;
         let session =
             record::Session { session_id: format!("s-{name}"), lease, version: 1, ..record::Session::default() };
@@ -260,10 +267,15 @@ async fn two_coordinators_have_one_leader_and_what_is_deleted_leaves_no_key() {
     let mut leaders = Vec::new();
     for id in ["one", "two"] {
         let (leadership, _) = leader::start(world.store.clone(), world.view.clone(), id.to_owned(), world.stop.clone());
-        let (unplaced, _) = tokio::sync::watch::channel(BTreeMap::new());
-        let settings = plan::Settings { candidates: 3, offer_deadline_ms: 60_000, grace_ms: 1000, revisions_kept: 3 };
+        let settings = plan::Settings {
+            candidates: 3,
+            offer_deadline_ms: 60_000,
+            grace_ms: 1000,
+            revisions_kept: 3,
+            freeze_share_percent: 55,
+        };
         let (store, view, events) = (world.store.clone(), world.view.clone(), world.events.clone());
-        let cycle = Cycle { store, view, events, settings, seed: 1, unplaced };
+        let cycle = Cycle { store, view, events, settings, replace_rate: Rate { burst: 50, per_s: 10 }, seed: 1 };
         tokio::spawn(cycle.run(leadership.clone(), world.stop.clone()));
         leaders.push(leadership);
     }
@@ -298,7 +310,7 @@ async fn a_write_of_a_former_leader_does_nothing() {
     let world = World::new().await;
     let leader = record::Leader { coordinator: "one".to_owned(), since: None };
     let revision = world.put(keys::LEADER.to_owned(), &leader, 0).await;
-    let term = leader::Term { revision, since_ms: 0 };
+    let term = leader::Term { revision, schema: world.schema(), since: tokio::time::Instant::now(), lease: 0 };
     world.put(keys::LEADER.to_owned(), &record::Leader { coordinator: "two".to_owned(), since: None }, 0).await;
     let write = records::put(keys::instance("m-222222"), &record::Instance::default(), 0);
     let compare = vec![Compare::CreateRevision(keys::instance("m-222222"), 0)];

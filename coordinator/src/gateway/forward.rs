@@ -65,12 +65,16 @@ pub(super) async fn forward(
             sleep(SAME_AGAIN.min(deadline.duration_since(Instant::now()))).await;
         }
         let headers = headers(call);
+        let begun = Instant::now();
         let sent =
             proxies.send(&backend.proxy_address, &backend.instance, call.path, headers, call.body.clone(), deadline);
         match sent.await {
             Ok(response) => return Ok(Answer { response, instance: backend.instance.clone(), attempts, place }),
             Err(error) => {
                 tracing::info!(instance = backend.instance, node = backend.node, attempts, %error, "an attempt failed");
+                if backend.unowned && error.not_executed() {
+                    loads.refused(&backend.instance, begun.elapsed());
+                }
                 if !error.not_executed() || attempts >= ATTEMPTS_MAX {
                     return Err(give_up(&error, call));
                 }

@@ -1,6 +1,6 @@
 //! PURE. From a snapshot to who serves which model.
 
-use crate::plan::snapshot::Snapshot;
+use crate::{control::mutant, plan::snapshot::Snapshot};
 use drover_proto::{
     limits::defaults,
     v1::{DeploymentSpec, InstanceState},
@@ -28,7 +28,7 @@ pub struct Model {
 pub struct Backend {
     /// Its id.
     pub instance: String,
-    /// Node that owns it.
+    /// Node that it runs on.
     pub node: String,
     /// Proxy of that node, "host:port".
     pub proxy_address: String,
@@ -36,6 +36,8 @@ pub struct Backend {
     pub slots: u32,
     /// It serves embeddings and nothing that generates.
     pub embeddings: bool,
+    /// No claim covers its server: nobody vouches for it, and it answered when it was last heard of.
+    pub unowned: bool,
 }
 
 impl Model {
@@ -71,27 +73,34 @@ pub fn routes(snapshot: &Snapshot) -> Routes {
         model.generates |= !spec.embeddings;
     }
     for (id, stored) in snapshot.instances.iter().filter(|(_, i)| i.value.wanted) {
-        // Only standing claims for now. An instance whose claim vanished with its session may well answer still ("unowned
-        // but answering"): to keep it routed, a status that says READY under the token of the run on record would count
-        // here too, until a higher token is ready elsewhere.
-        if snapshot.state(id) != InstanceState::Ready {
-            continue;
-        }
-        let (Some(claim), Some(spec)) = (snapshot.claims.get(id), snapshot.spec_of(&stored.value)) else { continue };
-        let Some(node) = snapshot.nodes.get(&claim.value.node) else { continue };
+        let Some((name, unowned)) = server_of(snapshot, id) else { continue };
+        let (Some(node), Some(spec)) = (snapshot.nodes.get(name), snapshot.spec_of(&stored.value)) else { continue };
         let Some(model) = routes.get_mut(model_of(spec)) else { continue };
         if node.value.proxy_address.is_empty() {
             continue;
         }
         model.backends.push(Backend {
             instance: id.clone(),
-            node: claim.value.node.clone(),
+            node: name.to_owned(),
             proxy_address: node.value.proxy_address.clone(),
             slots: spec.slots.and_then(|n| u32::try_from(n).ok()).unwrap_or(defaults::SLOTS.unsigned_abs()).max(1),
             embeddings: spec.embeddings,
+            unowned,
         });
     }
     routes
+}
+
+/// The node whose server answers for an instance, and whether it does so without being its owner: losing a session is not losing
+/// the process, so one that was ready goes on until its owner, whoever that becomes, has a better one.
+fn server_of<'a>(snapshot: &'a Snapshot, id: &str) -> Option<(&'a str, bool)> {
+    if snapshot.state(id) == InstanceState::Ready {
+        return Some((&snapshot.claims.get(id)?.value.node, false));
+    }
+    if mutant::on(mutant::name::ROUTES_BY_CLAIM_ONLY) {
+        return None;
+    }
+    snapshot.answering(id).map(|run| (run.node.as_str(), true))
 }
 
 #[cfg(test)]

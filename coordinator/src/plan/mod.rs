@@ -3,17 +3,24 @@
 //! Owns the decisions: which instances must exist, who may claim them, which must stop, what is to be collected.
 //! A plan is a value; carrying it out decides nothing.
 
+mod freeze;
+mod holders;
 mod place;
 mod rules;
 pub mod snapshot;
 #[cfg(test)]
 mod tests;
 
+pub use freeze::Freeze;
 pub(crate) use place::names_file;
 pub use rules::plan;
 
-use snapshot::Snapshot;
+use drover_proto::store::v1 as record;
+use snapshot::{Snapshot, millis};
 use std::collections::BTreeMap;
+
+/// How far the clocks of two coordinators may be apart, in milliseconds.
+const CLOCK_SKEW_MS: i64 = 5000;
 
 /// Settings of planning.
 #[derive(Debug, Clone)]
@@ -26,6 +33,8 @@ pub struct Settings {
     pub grace_ms: i64,
     /// Revisions of a spec that are kept.
     pub revisions_kept: usize,
+    /// Share of the nodes seen in the last hour that may be lost before nothing is replaced any more, in percent.
+    pub freeze_share_percent: u32,
 }
 
 /// What a plan is made from.
@@ -33,16 +42,56 @@ pub struct Settings {
 pub struct Input<'a> {
     /// The store.
     pub snapshot: &'a Snapshot,
-    /// Now, in milliseconds since the epoch.
+    /// Now, in milliseconds since the epoch: for the deadlines of offers alone, which are written into the store. A wall clock
+    /// steps; everything else is counted by one that does not.
     pub now_ms: i64,
-    /// Since when this coordinator leads, in milliseconds since the epoch.
-    pub leading_since_ms: i64,
-    /// Since when each instance that was claimed before has been seen without a claim.
-    pub unclaimed_since_ms: &'a BTreeMap<String, i64>,
+    /// For how long this coordinator has led, seen the store without a break, and not found too many nodes lost, in milliseconds.
+    pub settled_for_ms: i64,
+    /// For how long each instance that was claimed before has been seen without a claim, in milliseconds.
+    pub unclaimed_for_ms: &'a BTreeMap<String, i64>,
+    /// For how long each node has had its present session, in milliseconds.
+    pub joined_for_ms: &'a BTreeMap<String, i64>,
+    /// Instances that were owned which may be offered now to others, and when the next one may be, in milliseconds: whatever
+    /// goes wrong, it goes wrong slowly.
+    pub replacements: Replacements,
     /// Source of ids and of the order among equals.
     pub seed: u64,
     /// Settings.
     pub settings: &'a Settings,
+}
+
+/// How many replacements may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replacements {
+    /// Now.
+    pub now: usize,
+    /// Time until there is room for another one, in milliseconds.
+    pub next_in_ms: i64,
+}
+
+impl Replacements {
+    /// As many as there are.
+    pub const UNLIMITED: Self = Self { now: usize::MAX, next_in_ms: 0 };
+}
+
+impl Input<'_> {
+    /// Whether the grace period is over: before, what has no claim may be claimed again by whoever still has it running.
+    fn settled(&self) -> bool {
+        self.settled_for_ms >= self.settings.grace_ms
+    }
+
+    /// For how long a node has had its session, in milliseconds.
+    fn joined_for(&self, node: &str) -> i64 {
+        self.joined_for_ms.get(node).copied().unwrap_or(0)
+    }
+
+    /// How much longer an instance's offer is not to be rewritten, in milliseconds. A deadline further off than any that this
+    /// coordinator gives was written before the wall clock was put back: it has run out.
+    fn offer_left_ms(&self, instance: &record::Instance) -> i64 {
+        let deadline = instance.offer.as_ref().and_then(|offer| offer.deadline.as_ref()).map_or(0, millis);
+        let left = deadline.saturating_sub(self.now_ms);
+        if left > self.settings.offer_deadline_ms.saturating_add(CLOCK_SKEW_MS) { 0 } else { left.max(0) }
+    }
 }
 
 /// A proposal to some nodes.
@@ -90,6 +139,22 @@ pub enum Action {
         /// Why; a word for programs.
         reason: &'static str,
     },
+    /// Remove the record of a run that has ended without its node being its owner, so that nobody has reported its end.
+    CloseRun {
+        /// Its key below `runs/`.
+        key: String,
+        /// Revision of its record.
+        expect: i64,
+    },
+    /// Note since when a node has no session.
+    NoteLost {
+        /// The node.
+        node: String,
+        /// Revision of its record.
+        expect: i64,
+        /// Now, in milliseconds since the epoch.
+        at_ms: i64,
+    },
     /// Remove what the store holds of an instance that nobody wants or owns.
     Collect {
         /// The instance.
@@ -131,6 +196,15 @@ pub struct Plan {
     pub actions: Vec<Action>,
     /// What could not be placed.
     pub unplaced: Vec<Unplaced>,
-    /// When to plan again even if nothing changes, in milliseconds since the epoch.
-    pub wake_at_ms: Option<i64>,
+    /// How many of the offers are replacements: of instances that were owned.
+    pub replacements: usize,
+    /// In how many milliseconds to plan again even if nothing changes.
+    pub wake_in_ms: Option<i64>,
+}
+
+impl Plan {
+    /// Plan again after this time, or earlier.
+    fn wake_in(&mut self, ms: i64) {
+        self.wake_in_ms = Some(self.wake_in_ms.map_or(ms, |before| before.min(ms)));
+    }
 }

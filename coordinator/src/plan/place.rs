@@ -1,9 +1,6 @@
 //! PURE. Placement: which nodes may claim an instance, best first.
 
-use super::{
-    Input, Offer,
-    snapshot::{Snapshot, Stored},
-};
+use super::{Input, Offer, snapshot::Stored};
 use drover_proto::{limits, store::v1 as record, v1::DeploymentSpec};
 use std::{cmp::Reverse, collections::BTreeMap, fmt};
 
@@ -31,7 +28,9 @@ impl<'a> Rooms<'a> {
             rooms.take(name, snapshot.unclaimed_bytes(name, &node.value), None);
         }
         for (id, instance) in &snapshot.instances {
-            let best = snapshot.standing_offer(id, instance, input.now_ms).and_then(|offer| offer.candidates.first());
+            let standing = snapshot.standing_offer(id, instance, input.now_ms);
+            let standing = standing.filter(|_| input.offer_left_ms(&instance.value) > 0);
+            let best = standing.and_then(|offer| offer.candidates.first());
             let (Some(best), Some(spec)) = (best, snapshot.spec_of(&instance.value)) else { continue };
             let node = snapshot.nodes.get(best);
             let file_bytes = node.and_then(|node| model_size(&node.value, &spec.model_path)).unwrap_or(0);
@@ -52,6 +51,7 @@ impl<'a> Rooms<'a> {
 /// What a node lacks; for people.
 enum Lack<'a> {
     Session,
+    Inventory,
     Label(&'a str, &'a str),
     Model(&'a str),
     Memory { free: i64, need: i64 },
@@ -61,6 +61,7 @@ impl fmt::Display for Lack<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Session => write!(f, "is not connected"),
+            Self::Inventory => write!(f, "has joined and not said yet what runs on it"),
             Self::Label(key, value) => write!(f, "does not bear the label {key}={value}"),
             Self::Model(path) => write!(f, "has no model file {path}"),
             Self::Memory { free, need } => write!(f, "has {free} bytes of memory left, {need} are needed"),
@@ -75,16 +76,35 @@ struct Room {
     capacity: i64,
 }
 
+/// How long a node is offered nothing, in milliseconds: what it is about to claim again needs its room. An agent that never
+/// says what runs there is not waited for without an end.
+fn inventory_wait_ms(input: &Input<'_>, name: &str, node: &record::Node, session: &record::Session) -> i64 {
+    if node.inventory_of == session.session_id {
+        return 0;
+    }
+    input.settings.grace_ms.saturating_sub(input.joined_for(name)).max(0)
+}
+
+/// When the first of the nodes that are offered nothing for now is waited for no more, in milliseconds.
+pub(super) fn inventory_in_ms(input: &Input<'_>) -> Option<i64> {
+    let waits = input.snapshot.sessions.iter().filter_map(|(name, session)| {
+        let node = input.snapshot.nodes.get(name)?;
+        Some(inventory_wait_ms(input, name, &node.value, &session.value))
+    });
+    waits.filter(|ms| *ms > 0).min()
+}
+
 /// Filters one node of which `taken` bytes are taken.
 fn room<'a>(
-    snapshot: &Snapshot,
+    input: &Input<'_>,
     spec: &'a DeploymentSpec,
     name: &str,
     node: &record::Node,
     taken: i64,
 ) -> Result<Room, Lack<'a>> {
-    if !snapshot.sessions.contains_key(name) {
-        return Err(Lack::Session);
+    let Some(session) = input.snapshot.sessions.get(name) else { return Err(Lack::Session) };
+    if inventory_wait_ms(input, name, node, &session.value) > 0 {
+        return Err(Lack::Inventory);
     }
     if let Some((key, value)) = spec.node_labels.iter().find(|(k, v)| node.labels.get(*k) != Some(v)) {
         return Err(Lack::Label(key, value));
@@ -105,7 +125,7 @@ pub(super) fn fits_when_freed(
     rooms: &Rooms<'_>,
 ) -> bool {
     let taken = rooms.bytes.get(name).copied().unwrap_or(0).saturating_sub(freed);
-    input.snapshot.nodes.get(name).is_some_and(|node| room(input.snapshot, spec, name, &node.value, taken).is_ok())
+    input.snapshot.nodes.get(name).is_some_and(|node| room(input, spec, name, &node.value, taken).is_ok())
 }
 
 /// Size of a model file on a node; `None` when it is not there, `Some(0)` when that is not known.
@@ -163,7 +183,7 @@ pub(super) fn offer<'a>(
     let (mut lacks, mut lacking) = (Vec::new(), 0_usize);
     for (name, node) in &snapshot.nodes {
         let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0);
-        let room = match room(snapshot, spec, name, &node.value, taken) {
+        let room = match room(input, spec, name, &node.value, taken) {
             Ok(room) => room,
             Err(lack) => {
                 lacking += 1;

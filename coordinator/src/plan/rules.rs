@@ -1,9 +1,10 @@
 //! PURE. The rules: what must exist, what must stop, what is to be collected.
 
 use super::{
-    Action, Input, Plan, Unplaced,
+    Action, Freeze, Input, Plan, Unplaced,
+    holders::Holders,
     place::{self, Rooms},
-    snapshot::{Snapshot, Stored, millis},
+    snapshot::{Snapshot, Stored},
 };
 use drover_proto::{
     ids,
@@ -12,6 +13,9 @@ use drover_proto::{
 };
 use std::{collections::BTreeSet, sync::Arc};
 
+/// Records of runs that one plan closes.
+const RUNS_CLOSED_MAX: usize = 256;
+
 type Member<'a> = (&'a String, &'a Arc<Stored<record::Instance>>);
 
 /// Makes a plan. The same input gives the same plan.
@@ -19,14 +23,21 @@ type Member<'a> = (&'a String, &'a Arc<Stored<record::Instance>>);
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
     let mut rooms = Rooms::of(input);
-    for (name, deployment) in &input.snapshot.deployments {
+    let holders = Holders::of(input);
+    let freeze = Freeze::of(input.snapshot, input.now_ms, input.settings.freeze_share_percent);
+    let replacing = Replacing { holders, freeze };
+    note_lost(input, &mut plan);
+    close_runs(input, &mut plan);
+    // Nothing is concluded from a record that can't be read: what it is about stays as it is.
+    let readable = |name: &str| !input.snapshot.is_obscure(name);
+    for (name, deployment) in input.snapshot.deployments.iter().filter(|(name, _)| readable(name)) {
         let members: Vec<Member<'_>> = input.snapshot.instances_of(name).collect();
-        let sized = size(input, name, deployment, &members, &mut rooms, &mut plan);
+        let sized = size(input, name, deployment, &members, &freeze, &mut rooms, &mut plan);
         for (id, instance) in members.iter().filter(|(id, _)| !sized.stopped.contains(id.as_str())) {
-            tend(input, id, instance, &mut rooms, &mut plan);
+            tend(input, id, instance, &replacing, &mut rooms, &mut plan);
         }
         let stopping = !sized.stopped.is_empty() || members.iter().any(|(_, i)| !i.value.wanted);
-        if !stopping && let Some(action) = make_way(input, name, deployment, &sized.old, &rooms, &plan) {
+        if !stopping && let Some(action) = make_way(input, name, deployment, &sized.old, &replacing, &rooms, &plan) {
             plan.actions.push(action);
         }
         if deployment.value.deleting && members.is_empty() {
@@ -37,19 +48,77 @@ pub fn plan(input: &Input<'_>) -> Plan {
     }
     // An instance without a deployment is what a half-restored store would show: nobody wants it.
     for (id, instance) in &input.snapshot.instances {
-        if !input.snapshot.deployments.contains_key(&instance.value.deployment) {
+        let deployment = &instance.value.deployment;
+        if !input.snapshot.deployments.contains_key(deployment) && readable(deployment) {
             if instance.value.wanted {
                 plan.actions.push(stop(id, instance, "DeploymentGone"));
             } else {
-                tend(input, id, instance, &mut rooms, &mut plan);
+                tend(input, id, instance, &replacing, &mut rooms, &mut plan);
             }
         }
+    }
+    // What no node can take may fit those of which it is not known yet what runs on them.
+    if !plan.unplaced.is_empty()
+        && let Some(ms) = place::inventory_in_ms(input)
+    {
+        plan.wake_in(ms);
     }
     plan
 }
 
 fn stop(id: &str, instance: &Stored<record::Instance>, reason: &'static str) -> Action {
     Action::Stop { id: id.to_owned(), expect: instance.mod_revision, reason }
+}
+
+/// What decides on giving to others what was owned.
+struct Replacing<'a> {
+    holders: Holders<'a>,
+    freeze: Freeze,
+}
+
+/// Notes since when nodes are lost: in the store, so that a change of leader changes nothing.
+fn note_lost(input: &Input<'_>, plan: &mut Plan) {
+    let lost = input.snapshot.nodes.iter().filter(|(name, _)| !input.snapshot.sessions.contains_key(*name));
+    let news = lost.filter(|(_, node)| node.value.lost_at.is_none());
+    plan.actions.extend(news.map(|(name, node)| Action::NoteLost {
+        node: name.clone(),
+        expect: node.mod_revision,
+        at_ms: input.now_ms,
+    }));
+}
+
+/// Closes what has ended unreported: only an owner reports, and its node says itself that it runs there no more.
+fn close_runs(input: &Input<'_>, plan: &mut Plan) {
+    let ended = input.snapshot.runs.iter().filter(|(key, run)| {
+        let instance = key.split('/').next().unwrap_or_default();
+        input.snapshot.denies(&run.value.node, instance)
+    });
+    let close = |(key, run): (&String, &Arc<Stored<record::Run>>)| Action::CloseRun {
+        key: key.clone(),
+        expect: run.mod_revision,
+    };
+    plan.actions.extend(ended.take(RUNS_CLOSED_MAX).map(close));
+}
+
+/// Whether clients get answers from an instance; the least first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Serving {
+    /// Nothing answers.
+    No,
+    /// A run without a standing claim was ready when it was last heard of.
+    Perhaps,
+    /// Its owner says so.
+    Ready,
+}
+
+impl Serving {
+    fn of(snapshot: &Snapshot, id: &str) -> Self {
+        match snapshot.state(id) {
+            InstanceState::Ready => Self::Ready,
+            _ if snapshot.answering(id).is_some() => Self::Perhaps,
+            _ => Self::No,
+        }
+    }
 }
 
 /// What sizing a deployment has led to.
@@ -66,6 +135,7 @@ fn size<'a>(
     name: &'a str,
     deployment: &Arc<Stored<record::Deployment>>,
     members: &[Member<'a>],
+    freeze: &Freeze,
     rooms: &mut Rooms<'a>,
     plan: &mut Plan,
 ) -> Sized<'a> {
@@ -76,10 +146,10 @@ fn size<'a>(
         wanted.copied().partition(|(_, i)| i.value.revision == deployment.value.revision);
     let mut stopped = BTreeSet::new();
 
-    // Those that serve least go first: not ready before ready, then by id.
-    let serves = |(id, _): &Member<'_>| snapshot.state(id) == InstanceState::Ready;
-    current.sort_by_cached_key(|member| (serves(member), member.0));
-    old.sort_by_cached_key(|member| (serves(member), member.0));
+    // Those that serve least go first, then by id.
+    let serving = |(id, _): &Member<'_>| Serving::of(snapshot, id);
+    current.sort_by_cached_key(|member| (serving(member), member.0));
+    old.sort_by_cached_key(|member| (serving(member), member.0));
 
     let surplus = current.len().saturating_sub(asked);
     let reason = if deployment.value.deleting { "Deleted" } else { "ScaledDown" };
@@ -103,16 +173,23 @@ fn size<'a>(
         }
     }
 
-    // Old ones go as new ones become ready, so that as many serve as were asked for; what does not serve goes at once.
-    let ready = |members: &[Member<'_>]| members.iter().filter(|member| serves(member)).count();
-    let mut spare = (ready(&current) + ready(&old)).saturating_sub(asked);
+    // Old ones go as new ones become ready, so that as many serve as were asked for; what does not serve goes at once. One that
+    // may answer without a claim goes when enough serve without it: it does not count as serving, and is not nothing either.
+    let ready = |members: &[Member<'_>]| members.iter().filter(|member| serving(member) == Serving::Ready).count();
+    let in_all = ready(&current) + ready(&old);
+    let mut spare = in_all.saturating_sub(asked);
     let reason = if deployment.value.deleting { "Deleted" } else { "Replaced" };
     old.retain(|member| {
         let (id, instance) = member;
-        let serves = serves(member);
-        let goes = !serves || spare > 0 || asked == 0;
+        let serving = serving(member);
+        let goes = match serving {
+            Serving::No => true,
+            _ if asked > 0 && freeze.frozen() => false,
+            Serving::Perhaps => in_all >= asked,
+            Serving::Ready => spare > 0 || asked == 0,
+        };
         if goes {
-            spare -= usize::from(serves && spare > 0);
+            spare -= usize::from(serving == Serving::Ready && spare > 0);
             stopped.insert(id.as_str());
             plan.actions.push(stop(id, instance, reason));
         }
@@ -122,18 +199,20 @@ fn size<'a>(
 }
 
 /// Where the fleet has no room for old and new side by side, one old instance at a time makes way: one whose node can take
-/// a new one when the old ones there are gone. Else, and under a halt, the old ones go on serving.
+/// a new one when the old ones there are gone. Else, under a halt and in the grace period, in which nodes that were lost with
+/// the store may come back and give room, the old ones go on serving.
 fn make_way(
     input: &Input<'_>,
     name: &str,
     deployment: &Stored<record::Deployment>,
     old: &[Member<'_>],
+    replacing: &Replacing<'_>,
     rooms: &Rooms<'_>,
     plan: &Plan,
 ) -> Option<Action> {
     let snapshot = input.snapshot;
     let waits = plan.unplaced.last().is_some_and(|u| u.deployment == name);
-    if !waits || snapshot.halted() {
+    if !waits || snapshot.halted() || !input.settled() || replacing.freeze.frozen() {
         return None;
     }
     let spec = spec_of(snapshot, name, deployment.value.revision)?;
@@ -151,6 +230,7 @@ fn tend<'a>(
     input: &Input<'a>,
     id: &str,
     instance: &'a Stored<record::Instance>,
+    replacing: &Replacing<'_>,
     rooms: &mut Rooms<'a>,
     plan: &mut Plan,
 ) {
@@ -162,32 +242,28 @@ fn tend<'a>(
         plan.actions.push(Action::Collect { id: id.to_owned(), expect: instance.mod_revision });
         return;
     }
-    if let Some(until) = not_before(input, id, instance)
-        && until > input.now_ms
-    {
-        plan.wake_at_ms = Some(plan.wake_at_ms.map_or(until, |at| at.min(until)));
-        return;
+    let was_owned = snapshot.taken.contains_key(id);
+    let wait = replacing.holders.wait_ms(input, id, instance);
+    let frozen = was_owned && replacing.freeze.frozen() && input.offer_left_ms(&instance.value) == 0;
+    if wait > 0 && !frozen {
+        return plan.wake_in(wait);
+    }
+    if frozen {
+        let why = format!("nothing is replaced while {}: `drover freeze` shows the way out", replacing.freeze);
+        return unplaced(plan, &instance.value.deployment, why);
+    }
+    if was_owned && plan.replacements >= input.replacements.now {
+        return plan.wake_in(input.replacements.next_in_ms);
     }
     let deployment = &instance.value.deployment;
     let Some(spec) = spec_of(snapshot, deployment, instance.value.revision) else { return };
     match offer_unless_halted(input, deployment, spec, id, Some(instance), rooms) {
-        Ok(offer) => plan.actions.push(Action::Offer { id: id.to_owned(), expect: instance.mod_revision, offer }),
+        Ok(offer) => {
+            plan.replacements += usize::from(was_owned);
+            plan.actions.push(Action::Offer { id: id.to_owned(), expect: instance.mod_revision, offer });
+        }
         Err(why) => unplaced(plan, deployment, why),
     }
-}
-
-/// The earliest time at which an unclaimed instance may be offered (again).
-fn not_before(input: &Input<'_>, id: &str, instance: &Stored<record::Instance>) -> Option<i64> {
-    let standing = instance.value.offer.as_ref().and_then(|o| o.deadline.as_ref()).map(millis);
-    let Some(taken) = input.snapshot.taken.get(id) else { return standing };
-    // It was owned: its server may still run. Its node gets time to come back before anything is replaced: one time to
-    // live after a change of leader, and one when it has a session again but has not re-claimed yet.
-    let mut until = standing.unwrap_or(0).max(input.leading_since_ms + input.settings.grace_ms);
-    if input.snapshot.sessions.contains_key(&taken.value.node) {
-        let since = input.unclaimed_since_ms.get(id).copied().unwrap_or(input.now_ms);
-        until = until.max(since + input.settings.grace_ms);
-    }
-    Some(until)
 }
 
 fn offer_unless_halted<'a>(

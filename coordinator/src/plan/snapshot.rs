@@ -4,7 +4,10 @@ use drover_proto::{
     store::v1 as record,
     v1::{InstanceState, Token},
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// A record with its revisions.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,12 +32,16 @@ pub struct Snapshot {
     pub schema: Option<Arc<Stored<record::Schema>>>,
     /// Whether claiming is stopped.
     pub halt: Option<Arc<Stored<record::Halt>>>,
+    /// An operator's word on the freeze of replacement.
+    pub freeze: Option<Arc<Stored<record::Freeze>>>,
     /// The elected coordinator.
     pub leader: Option<Arc<Stored<record::Leader>>>,
     /// By name.
     pub deployments: Map<record::Deployment>,
     /// By "<deployment>/<zero-padded number>", as in the key.
     pub revisions: Map<record::Revision>,
+    /// What the leader has not found a node for, by deployment.
+    pub unplaced: Map<record::Unplaced>,
     /// By id.
     pub instances: Map<record::Instance>,
     /// By instance.
@@ -51,6 +58,9 @@ pub struct Snapshot {
     pub nodes: Map<record::Node>,
     /// What operators ask of nodes and wait for, by "<node>/<id>".
     pub commands: Map<record::Command>,
+    /// Keys whose record can't be read. It is not one that says no: nothing may be concluded from what is missing above, or
+    /// from what stood there before.
+    pub unreadable: BTreeSet<String>,
 }
 
 impl Snapshot {
@@ -72,6 +82,25 @@ impl Snapshot {
         self.halt.as_ref().is_some_and(|h| h.value.level != "none" && !h.value.level.is_empty())
     }
 
+    /// Whether the record of an instance is there and can't be read.
+    #[must_use]
+    pub fn is_unreadable(&self, instance: &str) -> bool {
+        !self.unreadable.is_empty() && self.unreadable.contains(&format!("instances/{instance}"))
+    }
+
+    /// Whether anything can't be read of which a deployment is made up: its own record, a spec, an instance.
+    #[must_use]
+    pub fn is_obscure(&self, deployment: &str) -> bool {
+        let of_it = |key: &String| match key.split_once('/') {
+            Some(("deployments", name)) => name == deployment,
+            Some(("revisions", key)) => key.rsplit_once('/').is_some_and(|(name, _)| name == deployment),
+            // An id is the name, '-' and six characters.
+            Some(("instances", id)) => id.rsplit_once('-').is_some_and(|(name, _)| name == deployment),
+            _ => false,
+        };
+        self.unreadable.iter().any(of_it)
+    }
+
     /// Token of the standing claim on an instance.
     #[must_use]
     pub fn token(&self, instance: &str) -> Option<Token> {
@@ -87,6 +116,39 @@ impl Snapshot {
             Some(status) if status.value.token == Some(token) => status.value.state(),
             _ => InstanceState::Claimed,
         }
+    }
+
+    /// The run that may answer for an instance whatever became of its claim: of those whose owner's last report said ready, the
+    /// one with the highest token. A node that has told since what runs on it, and did not name it, knows better.
+    #[must_use]
+    pub fn answering(&self, instance: &str) -> Option<&record::Run> {
+        let all = format!("{instance}/");
+        let runs = self.runs.range(all.clone()..).take_while(|(key, _)| key.starts_with(&all));
+        let ready = runs.map(|(_, run)| &run.value).filter(|run| self.was_ready(instance, run));
+        ready.filter(|run| !self.denies(&run.node, instance)).max_by_key(|run| run.token)
+    }
+
+    /// What was last reported of a run. The status says it too while it is of the same run, whoever wrote it: a coordinator
+    /// older than the mark in the run's record keeps the status alone.
+    fn was_ready(&self, instance: &str, run: &record::Run) -> bool {
+        match self.statuses.get(instance) {
+            Some(status) if status.value.token == run.token => status.value.state() == InstanceState::Ready,
+            _ => run.ready,
+        }
+    }
+
+    /// Whether a node has said in its present session what runs on it, and the instance is not among it.
+    #[must_use]
+    pub fn denies(&self, node: &str, instance: &str) -> bool {
+        let owned = self.claims.get(instance).is_some_and(|claim| claim.value.node == node);
+        !owned && self.inventory(node).is_some_and(|runs| runs.iter().all(|run| run.instance != instance))
+    }
+
+    /// What a node has said, in its present session and after it was told its claims, that it runs without a claim.
+    #[must_use]
+    pub fn inventory(&self, node: &str) -> Option<&[record::UnclaimedRun]> {
+        let (session, record) = (self.sessions.get(node)?, self.nodes.get(node)?);
+        (record.value.inventory_of == session.value.session_id).then_some(&record.value.unclaimed[..])
     }
 
     /// The spec that an instance runs.

@@ -1,9 +1,11 @@
 //! Planning, by hand-made snapshots and by random ones.
 
+mod freeze;
+mod ownership;
 mod room;
 
 use super::{
-    Action, Input, Plan, Settings, plan,
+    Action, Input, Plan, Replacements, Settings, plan,
     snapshot::{Snapshot, Stored},
 };
 use drover_proto::{
@@ -17,7 +19,7 @@ const NOW: i64 = 1_000_000;
 const GIB: i64 = 1 << 30;
 
 fn settings() -> Settings {
-    Settings { candidates: 3, offer_deadline_ms: 5000, grace_ms: 10_000, revisions_kept: 3 }
+    Settings { candidates: 3, offer_deadline_ms: 5000, grace_ms: 10_000, revisions_kept: 3, freeze_share_percent: 55 }
 }
 
 fn stored<T>(value: T, mod_revision: i64) -> Arc<Stored<T>> {
@@ -26,20 +28,32 @@ fn stored<T>(value: T, mod_revision: i64) -> Arc<Stored<T>> {
 
 struct Fleet {
     snapshot: Snapshot,
-    unclaimed: BTreeMap<String, i64>,
-    leading_since: i64,
+    unclaimed_for: BTreeMap<String, i64>,
+    joined_for: BTreeMap<String, i64>,
+    settled_for: i64,
+    replacements: Replacements,
 }
 
 impl Fleet {
     fn new() -> Self {
         let snapshot = Snapshot {
             revision: 100,
-            schema: Some(stored(record::Schema { generation: 1, format: 1, oldest_writer: 1 }, 1)),
+            schema: Some(stored(
+                record::Schema { generation: 1, format: 1, oldest_writer: 1, ..record::Schema::default() },
+                1,
+            )),
             ..Snapshot::default()
         };
-        Self { snapshot, unclaimed: BTreeMap::new(), leading_since: 0 }
+        Self {
+            snapshot,
+            unclaimed_for: BTreeMap::new(),
+            joined_for: BTreeMap::new(),
+            settled_for: i64::MAX,
+            replacements: Replacements::UNLIMITED,
+        }
     }
 
+    /// A node that has had its session for an hour and has said that it runs nothing without a claim.
     fn node(mut self, name: &str, memory: i64) -> Self {
         let models = ModelInventory {
             roots: vec!["/models".to_owned()],
@@ -49,11 +63,13 @@ impl Fleet {
         let node = record::Node {
             capacity: Some(Capacity { memory_bytes: memory, cpus: 8, gpus: vec![] }),
             models: Some(models),
+            inventory_of: format!("s-{name}"),
             ..record::Node::default()
         };
         self.snapshot.nodes.insert(name.to_owned(), stored(node, 2));
         let session = record::Session { session_id: format!("s-{name}"), ..record::Session::default() };
         self.snapshot.sessions.insert(name.to_owned(), stored(session, 3));
+        self.joined_for.insert(name.to_owned(), 3_600_000);
         self
     }
 
@@ -101,9 +117,9 @@ impl Fleet {
     }
 
     /// The claim vanished with its node's lease.
-    fn lost(mut self, id: &str, since: i64) -> Self {
+    fn lost(mut self, id: &str, for_ms: i64) -> Self {
         self.snapshot.claims.remove(id);
-        self.unclaimed.insert(id.to_owned(), since);
+        self.unclaimed_for.insert(id.to_owned(), for_ms);
         self
     }
 
@@ -115,12 +131,33 @@ impl Fleet {
         plan(&Input {
             snapshot: &self.snapshot,
             now_ms: NOW,
-            leading_since_ms: self.leading_since,
-            unclaimed_since_ms: &self.unclaimed,
+            settled_for_ms: self.settled_for,
+            unclaimed_for_ms: &self.unclaimed_for,
+            joined_for_ms: &self.joined_for,
+            replacements: self.replacements,
             seed,
             settings: &settings(),
         })
     }
+}
+
+#[test]
+fn nothing_follows_from_a_record_that_can_not_be_read() {
+    let plan = |key: &str, fleet: Fleet| {
+        let mut fleet = fleet.node("a", 64 * GIB);
+        fleet.snapshot.unreadable.insert(key.to_owned());
+        fleet.plan().actions
+    };
+    let two = || {
+        Fleet::new().deployment("m", 2, 1).instance("m-222222", 1, true).owned("m-222222", "a", InstanceState::Ready)
+    };
+    assert_eq!(plan("instances/m-333333", two()), [], "the second one is there: no third is made");
+    assert_eq!(plan("instances/other-m-333333", two()).len(), 1, "another deployment's is none of its own");
+    let gone = || Fleet::new().instance("m-222222", 1, true).owned("m-222222", "a", InstanceState::Ready);
+    assert_eq!(plan("deployments/m", gone()), [], "its deployment is there");
+    assert_eq!(stopped(&Plan { actions: plan("deployments/n", gone()), ..Plan::default() }), ["m-222222"]);
+    let unwanted = || Fleet::new().instance("m-222222", 1, false);
+    assert_eq!(plan("deployments/m", unwanted()), [], "nor is anything collected");
 }
 
 fn stopped(plan: &Plan) -> Vec<&str> {
@@ -189,28 +226,10 @@ fn a_deleted_deployment_is_stopped_collected_and_removed_in_this_order() {
     assert_eq!(stopped(&owned.plan()), ["m-bbbbbb"]);
     let stopping = owned.instance("m-bbbbbb", 1, false);
     assert!(stopping.plan().actions.is_empty(), "its owner has not stopped it yet");
-    let mut freed = stopping.lost("m-bbbbbb", NOW);
+    let mut freed = stopping.lost("m-bbbbbb", 0);
     assert!(matches!(&freed.plan().actions[..], [Action::Collect { .. }]));
     freed.snapshot.instances.clear();
     assert!(matches!(&freed.plan().actions[..], [Action::RemoveDeployment { .. }]));
-}
-
-#[test]
-fn what_was_owned_is_offered_again_at_once_only_when_its_node_is_gone_and_the_leader_is_not_fresh() {
-    let fleet = || {
-        let fleet = Fleet::new().node("a", 8 * GIB).node("b", 8 * GIB).deployment("m", 1, 1);
-        fleet.instance("m-bbbbbb", 1, true).owned("m-bbbbbb", "a", InstanceState::Ready).lost("m-bbbbbb", NOW - 1000)
-    };
-    let back = fleet().plan();
-    assert!(back.actions.is_empty(), "its node has a session again and may re-claim: {back:?}");
-    assert_eq!(back.wake_at_ms, Some(NOW - 1000 + 10_000));
-    let mut gone = fleet();
-    gone.snapshot.sessions.remove("a");
-    assert_eq!(offered(&gone.plan()), [("m-bbbbbb", vec!["b"])]);
-    gone.leading_since = NOW - 1;
-    let fresh = gone.plan();
-    assert!(fresh.actions.is_empty(), "a fresh leader waits one time to live: {fresh:?}");
-    assert_eq!(fresh.wake_at_ms, Some(NOW - 1 + 10_000));
 }
 
 #[test]
@@ -233,9 +252,11 @@ fn a_standing_offer_is_not_rewritten_before_its_deadline() {
     };
     fleet.snapshot.instances.insert("m-bbbbbb".to_owned(), deadline(NOW + 2000));
     let plan = fleet.plan();
-    assert!(plan.actions.is_empty() && plan.wake_at_ms == Some(NOW + 2000), "{plan:?}");
+    assert!(plan.actions.is_empty() && plan.wake_in_ms == Some(2000), "{plan:?}");
     fleet.snapshot.instances.insert("m-bbbbbb".to_owned(), deadline(NOW - 1000));
     assert_eq!(offered(&fleet.plan()).len(), 1);
+    fleet.snapshot.instances.insert("m-bbbbbb".to_owned(), deadline(NOW + 3_600_000));
+    assert_eq!(offered(&fleet.plan()).len(), 1, "the wall clock was put back by an hour");
 }
 
 #[test]

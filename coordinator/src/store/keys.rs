@@ -6,12 +6,16 @@ use drover_proto::v1::Token;
 pub const SCHEMA: &str = "schema";
 /// Whether claiming is stopped.
 pub const HALT: &str = "halt";
+/// An operator's word on the freeze of replacement.
+pub const FREEZE: &str = "freeze";
 /// The elected coordinator.
 pub const LEADER: &str = "leader";
 /// All deployments.
 pub const DEPLOYMENTS: &str = "deployments/";
 /// All revisions of specs.
 pub const REVISIONS: &str = "revisions/";
+/// All deployments of which some instance finds no node.
+pub const UNPLACED: &str = "unplaced/";
 /// All instances.
 pub const INSTANCES: &str = "instances/";
 /// All marks of the last claim made.
@@ -47,6 +51,11 @@ pub fn revision(name: &str, number: u64) -> String {
 #[must_use]
 pub fn revisions(name: &str) -> String {
     format!("{REVISIONS}{name}/")
+}
+/// Why some instance of a deployment finds no node.
+#[must_use]
+pub fn unplaced(deployment: &str) -> String {
+    format!("{UNPLACED}{deployment}")
 }
 /// An instance.
 #[must_use]

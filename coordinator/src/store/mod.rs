@@ -173,6 +173,17 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The key that it is about.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Put(kv) => &kv.key,
+            Self::Delete { key, .. } => key,
+        }
+    }
+}
+
 /// Changes of one revision or of several following ones, in order and never splitting a revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changes {

@@ -4,8 +4,12 @@
 
 use super::{Change, Error, KeyValue, Listing, Op, keys};
 use crate::plan::snapshot::{Map, Snapshot, Stored};
+use drover_proto::mutant;
 use prost::Message;
 use std::{collections::BTreeSet, sync::Arc};
+
+/// Name of the breakage that takes a record which can't be read for none.
+pub const UNREADABLE_SAYS_NO: &str = "unreadable-says-no";
 
 /// The operation that writes a record; `lease` 0 for none.
 #[must_use]
@@ -39,7 +43,7 @@ pub fn snapshot(listing: &Listing) -> (Snapshot, Vec<Error>) {
 /// the last snapshot, if there is one. Its old `mod_revision` makes every transaction that relies on it fail.
 #[must_use]
 pub fn snapshot_after(listing: &Listing, last: &Snapshot) -> (Snapshot, Vec<Error>) {
-    let mut snapshot = Snapshot { revision: listing.revision, ..last.clone() };
+    let mut snapshot = Snapshot { revision: listing.revision, unreadable: BTreeSet::new(), ..last.clone() };
     let listed: BTreeSet<&str> = listing.items.iter().map(|kv| kv.key.as_str()).collect();
     for (prefix, place) in places(&mut snapshot) {
         place.retain(&|name| listed.contains(format!("{prefix}{name}").as_str()));
@@ -57,6 +61,7 @@ pub fn apply(snapshot: &mut Snapshot, change: &Change) -> Result<(), Error> {
     match change {
         Change::Put(kv) => put_into(snapshot, kv),
         Change::Delete { key, .. } => {
+            snapshot.unreadable.remove(key);
             if let Some((place, name)) = place(snapshot, key) {
                 place.remove(name);
             }
@@ -66,7 +71,13 @@ pub fn apply(snapshot: &mut Snapshot, change: &Change) -> Result<(), Error> {
 }
 
 fn put_into(snapshot: &mut Snapshot, kv: &KeyValue) -> Result<(), Error> {
-    place(snapshot, &kv.key).map_or(Ok(()), |(place, name)| place.put(name, kv))
+    let read = place(snapshot, &kv.key).map_or(Ok(()), |(place, name)| place.put(name, kv));
+    match read {
+        Ok(()) => drop(snapshot.unreadable.remove(&kv.key)),
+        Err(_) if mutant::on(UNREADABLE_SAYS_NO) => {}
+        Err(_) => drop(snapshot.unreadable.insert(kv.key.clone())),
+    }
+    read
 }
 
 /// Where records of one kind stand in a snapshot: a map of them by name, or a single one, whose name is empty.
@@ -109,14 +120,16 @@ impl<M: Message + Default> Place for Option<Arc<Stored<M>>> {
 }
 
 /// Every place with its key, or with the prefix of its keys, which ends with '/'.
-fn places(snapshot: &mut Snapshot) -> [(&'static str, &mut dyn Place); 13] {
+fn places(snapshot: &mut Snapshot) -> [(&'static str, &mut dyn Place); 15] {
     [
         (keys::SCHEMA, &mut snapshot.schema),
         (keys::HALT, &mut snapshot.halt),
         (keys::LEADER, &mut snapshot.leader),
+        (keys::FREEZE, &mut snapshot.freeze),
         (keys::DEPLOYMENTS, &mut snapshot.deployments),
         (keys::REVISIONS, &mut snapshot.revisions),
         (keys::INSTANCES, &mut snapshot.instances),
+        (keys::UNPLACED, &mut snapshot.unplaced),
         (keys::TAKEN, &mut snapshot.taken),
         (keys::SESSIONS, &mut snapshot.sessions),
         (keys::CLAIMS, &mut snapshot.claims),
@@ -166,7 +179,11 @@ mod tests {
             corrupt("events/instance/m-1/0001"),
             kv("nodes/a", &node("id-a"), 2),
             corrupt("schemata"),
-            kv("schema", &record::Schema { generation: 4, format: 1, oldest_writer: 1 }, 1),
+            kv(
+                "schema",
+                &record::Schema { generation: 4, format: 1, oldest_writer: 1, ..record::Schema::default() },
+                1,
+            ),
             corrupt("telemetry/e1"),
         ];
         let (snapshot, problems) = snapshot(&Listing { items, revision: 9 });
@@ -182,6 +199,7 @@ mod tests {
         let (mut snapshot, _) = snapshot(&Listing { items: vec![kv("nodes/a", &node("good"), 2)], revision: 2 });
 
         let problem = apply(&mut snapshot, &Change::Put(corrupt("nodes/a"))).unwrap_err();
+        assert!(snapshot.unreadable.contains("nodes/a"));
         assert!(problem.to_string().contains("nodes/a"), "{problem}");
         assert_eq!(snapshot.nodes["a"].value.machine_id, "good");
 
@@ -190,6 +208,13 @@ mod tests {
         assert_eq!(problems.len(), 1);
         assert_eq!((snapshot.nodes["a"].value.machine_id.as_str(), snapshot.nodes["a"].mod_revision), ("good", 2));
         assert_eq!(snapshot.nodes["b"].value.machine_id, "b");
+        assert_eq!(snapshot.unreadable, BTreeSet::from(["nodes/a".to_owned()]));
+        let mut mended = snapshot.clone();
+        apply(&mut mended, &Change::Put(kv("nodes/a", &node("mended"), 10))).unwrap();
+        assert!(mended.unreadable.is_empty());
+        let mut removed = snapshot;
+        apply(&mut removed, &Change::Delete { key: "nodes/a".to_owned(), revision: 10 }).unwrap();
+        assert!(removed.unreadable.is_empty());
     }
 
     #[test]

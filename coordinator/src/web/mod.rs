@@ -1,5 +1,9 @@
 //! The coordinator's HTTP listener: the gateway's paths, `/healthz`, `/readyz` and `/metrics`.
 //!
+//! `/readyz` is of the whole coordinator: without the store it can change nothing, and says so. Routing needs only what it saw
+//! last: whoever balances requests over several gateways asks `/readyz/gateway`, or an outage of the store, which none of
+//! the servers feels, would take all of them out.
+//!
 //! Owns: the listener and its connections ([`serve`]). Must never: decide anything; it shows what others know.
 
 mod metrics;
@@ -9,9 +13,8 @@ mod tests;
 
 use crate::{
     gateway::{Gateway, error},
-    plan::snapshot::Snapshot,
+    plan::{Freeze, snapshot::Snapshot},
 };
-use async_trait::async_trait;
 use axum::{
     Router,
     extract::State,
@@ -19,19 +22,27 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::get,
 };
+use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
-use tokio::{sync::watch, time::timeout};
+use tokio::sync::watch;
 
 pub use serve::serve;
 
-/// Longest time that a readiness probe waits.
-const READY_DEADLINE: Duration = Duration::from_secs(2);
+/// The store is out of reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreLost {
+    /// For how long.
+    pub elapsed: Duration,
+    /// Why, for people.
+    pub why: String,
+}
 
 /// What the coordinator's parts say of themselves.
-#[async_trait]
 pub trait Probe: Send + Sync + 'static {
-    /// Ready when the view follows the store and the store answers; else the reason, for people.
-    async fn ready(&self) -> Result<(), String>;
+    /// `None` when the view follows the store and the store answers.
+    fn store_lost(&self) -> Option<StoreLost>;
+    /// Whether nothing is replaced, by this snapshot.
+    fn freeze(&self, snapshot: &Snapshot) -> Freeze;
     /// Spans received from agents and others since the start.
     fn spans_received(&self) -> u64;
 }
@@ -50,6 +61,7 @@ pub fn router(gateway: &Gateway, snapshots: watch::Receiver<Arc<Snapshot>>, prob
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
+        .route("/readyz/gateway", get(readyz_gateway))
         .route("/metrics", get(metrics_page))
         .with_state(sources)
         .merge(gateway.router())
@@ -57,19 +69,39 @@ pub fn router(gateway: &Gateway, snapshots: watch::Receiver<Arc<Snapshot>>, prob
 }
 
 async fn readyz(State(sources): State<Sources>) -> Response {
-    let ready = timeout(READY_DEADLINE, sources.probe.ready()).await;
-    let reason = match ready {
-        Ok(Ok(())) => return ([(header::CONTENT_TYPE, "application/json")], r#"{"ready":true}"#).into_response(),
-        Ok(Err(reason)) => reason,
-        Err(_) => format!("no answer within {} s", READY_DEADLINE.as_secs()),
-    };
-    let body = serde_json::json!({"ready": false, "reason": reason}).to_string();
-    (StatusCode::SERVICE_UNAVAILABLE, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    match sources.probe.store_lost() {
+        None => said(StatusCode::OK, &json!({"ready": true})),
+        Some(lost) => {
+            let reason = format!("the store is out of reach since {} s: {}", lost.elapsed.as_secs(), lost.why);
+            said(
+                StatusCode::SERVICE_UNAVAILABLE,
+                &json!({"ready": false, "reason": reason, "lost_ms": ms(lost.elapsed)}),
+            )
+        }
+    }
+}
+
+/// Ready to route: the store was read once, however long ago.
+async fn readyz_gateway(State(sources): State<Sources>) -> Response {
+    if sources.snapshots.borrow().revision == 0 {
+        let reason = "this coordinator has not read the store yet";
+        return said(StatusCode::SERVICE_UNAVAILABLE, &json!({"ready": false, "reason": reason}));
+    }
+    let lost_ms = sources.probe.store_lost().map_or(0, |lost| ms(lost.elapsed));
+    said(StatusCode::OK, &json!({"ready": true, "lost_ms": lost_ms}))
+}
+
+fn said(status: StatusCode, body: &Value) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 async fn metrics_page(State(sources): State<Sources>) -> Response {
     let snapshot = sources.snapshots.borrow().clone();
-    match metrics::text(&sources.gateway.counts(), &snapshot, sources.probe.spans_received()) {
+    match metrics::text(&sources.gateway.counts(), &snapshot, sources.probe.as_ref()) {
         Ok(text) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
             .into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("metrics: {error}\n")).into_response(),

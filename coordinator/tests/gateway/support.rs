@@ -4,7 +4,10 @@ use bytes::Bytes;
 use drover_agent::proxy::{Proxy, ProxyHandle, ProxySettings, Route, RouteState};
 use drover_coordinator::{
     gateway::{Gateway, Settings},
-    plan::snapshot::{Map, Snapshot, Stored},
+    plan::{
+        Freeze,
+        snapshot::{Map, Snapshot, Stored},
+    },
     web,
 };
 use drover_proto::{
@@ -65,10 +68,14 @@ pub struct Bench {
 
 struct Probe(bool);
 
-#[async_trait::async_trait]
 impl web::Probe for Probe {
-    async fn ready(&self) -> Result<(), String> {
-        if self.0 { Ok(()) } else { Err("the store does not answer".to_owned()) }
+    fn store_lost(&self) -> Option<web::StoreLost> {
+        let lost = web::StoreLost { elapsed: Duration::from_secs(12), why: "it does not answer".to_owned() };
+        (!self.0).then_some(lost)
+    }
+
+    fn freeze(&self, snapshot: &Snapshot) -> Freeze {
+        Freeze::of(snapshot, 1_800_000_000_000, 55)
     }
 
     fn spans_received(&self) -> u64 {

@@ -3,7 +3,8 @@
 //!
 //! Bare: the servers are spawned at once, each with the very command line that the agent used for its instance (taken from
 //! /proc) but for the socket, and asked for /health until each has answered 200. Runs of both kinds alternate. Of each run
-//! two times count: until the last replica is ready, and until the median one is.
+//! two times count: until the last replica is ready, and until the median one is, which a node serves the sooner for
+//! launching a few at a time.
 
 use super::cpu::{self, Usage};
 use anyhow::{Context as _, ensure};
@@ -47,7 +48,10 @@ struct Figures {
 
 /// Runs the benchmark and prints its figures.
 pub async fn run(replicas: Vec<i32>, runs: usize, json: bool) -> anyhow::Result<()> {
-    let cluster = Cluster::start(Plan { agents: 2, ..Plan::default() }).await?;
+    // Two agents share this machine: each launches what would be the default on its half of it.
+    let cores = std::thread::available_parallelism()?;
+    let agent_toml = format!("launches_at_once = {cores}\n");
+    let cluster = Cluster::start(Plan { agents: 2, agent_toml, ..Plan::default() }).await?;
     let mut figures = Vec::new();
     for replicas in replicas {
         let (mut bare, mut drover) = (Vec::new(), Vec::new());

@@ -1,6 +1,5 @@
 //! What a fleet has in its store, on disk and in memory: at first, and when all churn is over.
 
-use anyhow::{Context as _, ensure};
 use drover_tests::{
     cluster::Cluster,
     measure::{self, Kind},
@@ -9,7 +8,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
-    process::Command,
     time::Duration,
 };
 use tokio::time::{Instant, sleep};
@@ -57,7 +55,7 @@ impl Folder {
 impl Left {
     /// Now.
     pub fn of(cluster: &Cluster) -> anyhow::Result<Self> {
-        let keys = keys(cluster)?;
+        let keys = cluster.etcd.keys()?;
         let mut processes = BTreeMap::new();
         for program in measure::programs(cluster) {
             *processes.entry(program.kind).or_default() += 1;
@@ -123,18 +121,6 @@ pub async fn settled(cluster: &Cluster, base: &Left, within: Duration) -> anyhow
 }
 
 /// All keys below /drover/.
-fn keys(cluster: &Cluster) -> anyhow::Result<Vec<String>> {
-    let program = std::env::var_os("DROVER_ETCDCTL").unwrap_or_else(|| "etcdctl".into());
-    let output = Command::new(program)
-        .env("ETCDCTL_API", "3")
-        .args(["--endpoints", &cluster.etcd.endpoints()[0], "get", "--prefix", "/drover/", "--keys-only"])
-        .output()
-        .context("etcdctl")?;
-    ensure!(output.status.success(), "etcdctl: {}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout)?;
-    Ok(text.lines().filter_map(|line| line.strip_prefix("/drover/")).map(str::to_owned).collect())
-}
-
 /// What a key is about: without the slot of a ring, the token of a run, the number of a revision.
 fn object(key: &str) -> String {
     match key.split_once('/') {

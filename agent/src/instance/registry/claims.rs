@@ -1,33 +1,36 @@
 //! What follows from claims: instances are begun, raised to a new token, told to stop, removed.
 
 use super::super::{
-    adopt::{self, Unsure},
+    adopt::Unsure,
     board::Entry,
     claim::Claim,
-    run,
     supervisor::{self, Begin},
     trace,
 };
-use super::{Inner, Kind, Known, Registry, Unowned};
-use crate::clock;
-use drover_proto::v1::{ClaimSet, EndRun, InstanceState, OwnedClaim, Severity, Token};
+use super::{Inner, Kind, Known, Registry, SessionSet, Unowned};
+use crate::{clock, mutant};
+use drover_proto::v1::{EndRun, InstanceState, OwnedClaim, Severity, Token};
 use drover_shim::failpoint::{self, Step};
-use std::{fs, os::unix::fs::DirBuilderExt as _};
-use tokio::task::block_in_place;
 use tracing::Span;
 
 impl Registry {
-    /// A claim was made: starts the instance, or raises the token of the run that is here. A set of claims that was read
-    /// later and applied before this answer was heard knows better: a stop wins over a start in flight, and a claim that
-    /// is gone starts nothing.
-    pub async fn claimed(&self, claim: Claim, span: Span) {
+    /// A claim was made under the session of this id: starts the instance, or raises the token of the run that is here. A
+    /// set of claims that was read later and applied before this answer was heard knows better: a stop wins over a start in
+    /// flight, and a claim that is gone starts nothing. With its session every claim is gone: then the set of the next one
+    /// tells.
+    pub async fn claimed(&self, session: &str, claim: Claim, span: Span) {
         failpoint::at(Step::StartClaimed);
         let mut inner = self.inner.lock().await;
         inner.claiming.remove(&claim.instance);
-        let later = inner.latest.as_ref().filter(|(_, set)| set.revision >= claim.token.revision);
+        if !self.context.session.is(session) && !mutant::on(mutant::name::START_UNDER_A_LOST_SESSION) {
+            let (instance, token) = (&claim.instance, claim.token);
+            tracing::warn!(instance, %token, "the answer to a claim came when its session was gone, and the claim with it");
+            return;
+        }
+        let later = inner.latest.as_ref().filter(|latest| latest.covers(claim.token));
         let (wanted, traceparent) = match later {
             None => (true, String::new()),
-            Some((_, set)) => {
+            Some(SessionSet { set, .. }) => {
                 let same = |o: &&OwnedClaim| o.instance == claim.instance && o.token == Some(claim.token);
                 let Some(owned) = set.claims.iter().find(same) else {
                     tracing::warn!(instance = claim.instance, token = %claim.token, "the claim is gone before its answer came");
@@ -41,13 +44,18 @@ impl Registry {
 
     /// Applies a set of claims of a session; of one session, an older set after a newer one is void. Returns the runs
     /// that no claim covers and that nobody has ordered to end.
-    pub async fn apply(&self, session: u64, set: ClaimSet) -> Vec<Unowned> {
+    pub async fn apply(&self, set: SessionSet) -> Vec<Unowned> {
         let mut inner = self.inner.lock().await;
-        if inner.latest.as_ref().is_some_and(|(s, latest)| *s == session && latest.revision > set.revision) {
+        let newer = |latest: &SessionSet| latest.stream == set.stream && latest.read_at() > set.read_at();
+        if inner.latest.as_ref().is_some_and(newer) {
             return Vec::new();
         }
-        inner.latest = Some((session, set));
-        self.reconcile(&mut inner).await
+        let session = set.session.clone();
+        inner.latest = Some(set);
+        let unowned = self.reconcile(&mut inner).await;
+        // Whatever the session before has owned has heard by now that it is owned no more.
+        self.context.session.settle(&session);
+        unowned
     }
 
     /// Applies the last set again: what could not be done then may be possible now.
@@ -57,7 +65,8 @@ impl Registry {
     }
 
     async fn reconcile(&self, inner: &mut Inner) -> Vec<Unowned> {
-        let Some((_, set)) = inner.latest.clone() else { return Vec::new() };
+        let Some(latest) = inner.latest.clone() else { return Vec::new() };
+        let set = &latest.set;
         self.look_again(inner).await;
         for owned in &set.claims {
             // Where a claim is under way its own answer comes first.
@@ -72,8 +81,7 @@ impl Registry {
             .filter(|(instance, known)| {
                 let claimed = set.claims.iter().any(|c| c.instance == **instance);
                 // A claim made after the set was read can't be in it.
-                let later =
-                    self.context.board.get(instance).is_some_and(|e| e.owned) && known.token.revision > set.revision;
+                let later = self.context.board.get(instance).is_some_and(|e| e.owned) && !latest.covers(known.token);
                 !claimed && !later && !inner.claiming.contains_key(*instance)
             })
             .map(|(instance, _)| instance.clone())
@@ -107,14 +115,12 @@ impl Registry {
                 self.context.board.set_owned(&instance, true);
                 handle.restore(claim).await;
                 handle.want(wanted, traceparent).await;
+                handle.own(true).await;
                 Kind::Supervised(handle)
             }
             Some(Known { kind: Kind::Unknown(stored, unsure), token: old }) => {
-                let raised = if token > old {
-                    block_in_place(|| run::raise(&self.directory(&instance), &claim))
-                } else {
-                    Ok(())
-                };
+                let raised =
+                    if token > old { self.context.machine.raise(&claim, &self.directory(&instance)) } else { Ok(()) };
                 let claim = Claim { restarts: stored.restarts, since: stored.since, ..claim };
                 self.keep_unsure(&claim, wanted, &unsure).await;
                 let kind = Kind::Unknown(stored, unsure);
@@ -186,6 +192,7 @@ impl Registry {
             Kind::Unknown(_, unsure) if !unsure.answers => return None,
             Kind::Unknown(..) => false,
             Kind::Supervised(handle) => {
+                handle.own(false).await;
                 // Void once this node holds the token that it is to yield to.
                 let ordered = order.is_some_and(|order| order.yields_to.is_none_or(|to| to > token));
                 if ordered {
@@ -222,19 +229,10 @@ impl Registry {
     fn begin(&self, inner: &Inner, claim: Claim, begin: Begin) -> Kind {
         inner.instances.begins(&claim.instance, claim.token, claim.memory_bytes);
         let directory = self.directory(&claim.instance);
-        let prepare = || {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.path());
-            made.map_err(|e| format!("{}: {e}", directory.path().display()))?;
-            // Spec and record, where there are any, get the token first: no lower one can start anything from then on.
-            run::raise(&directory, &claim).map_err(|e| e.to_string())
-        };
-        match block_in_place(prepare) {
+        match self.context.machine.prepare(&claim, &directory) {
             Ok(()) => {
                 failpoint::at(Step::StartClaimWritten);
-                let instance = claim.instance.clone();
-                let handle = supervisor::spawn(self.context.clone(), claim, directory, begin);
-                self.context.board.set_owned(&instance, true);
-                Kind::Supervised(handle)
+                Kind::Supervised(supervisor::spawn(self.context.clone(), claim, directory, begin))
             }
             Err(error) => {
                 let message = format!("its directory can't be prepared; this is tried again: {error}");
@@ -275,7 +273,7 @@ impl Registry {
 
     /// Removes the files of an instance without a process; false while a shim is at work there.
     fn remove(&self, instance: &str) -> bool {
-        block_in_place(|| adopt::remove(&self.directory(instance), &self.context.settings.socket_of(instance)))
+        self.context.machine.remove(&self.directory(instance), &self.context.settings.socket_of(instance))
     }
 }
 

@@ -11,13 +11,14 @@ pub use runs::Unowned;
 
 use self::runs::{Holds, Published};
 use super::{
-    adopt::{self, Left, Unsure},
+    adopt::{Left, Unsure},
     claim::Claim,
     context::Context,
     handle::Handle,
     state::Ended,
     supervisor::{self, Begin},
 };
+use crate::mutant;
 use drover_proto::v1::{ClaimSet, Token};
 use drover_shim::{
     failpoint::{self, Step},
@@ -25,6 +26,32 @@ use drover_shim::{
 };
 use std::{collections::BTreeMap, io, sync::Arc};
 use tokio::sync::Mutex;
+
+/// A set of claims, and the stream that it came on.
+#[derive(Debug, Clone)]
+pub struct SessionSet {
+    /// Number of the stream; rises with every one that was welcomed.
+    pub stream: u64,
+    /// Id of its session.
+    pub session: String,
+    /// The set.
+    pub set: ClaimSet,
+}
+
+impl SessionSet {
+    /// When the set was read, as a token: revisions of one generation of the store say nothing about another's.
+    fn read_at(&self) -> Token {
+        Token { generation: self.set.store_generation, revision: self.set.revision }
+    }
+
+    /// Whether a claim with this token was made before the set was read, so that it is in it if it stands.
+    fn covers(&self, token: Token) -> bool {
+        if mutant::on(mutant::name::REVISION_WITHOUT_GENERATION) {
+            return self.set.revision >= token.revision;
+        }
+        self.read_at() >= token
+    }
+}
 
 /// What is here of an instance.
 #[derive(Debug)]
@@ -101,8 +128,8 @@ struct Inner {
     instances: Instances,
     /// Claims under way, with the memory that they would reserve.
     claiming: BTreeMap<String, i64>,
-    /// The set of claims applied last, and the session that it came with.
-    latest: Option<(u64, ClaimSet)>,
+    /// The set of claims applied last.
+    latest: Option<SessionSet>,
 }
 
 /// The instances of this node.
@@ -118,7 +145,7 @@ impl Registry {
     /// Takes back what earlier agents left, then gives the proxy the routes to it.
     pub async fn adopt(context: Arc<Context>) -> io::Result<Self> {
         let mut instances = Instances::default();
-        for (claim, directory, left) in adopt::scan(&context).await? {
+        for (claim, directory, left) in context.machine.scan(&context).await? {
             let (instance, token) = (claim.instance.clone(), claim.token);
             let kind = match left {
                 Left::Living { run, ready } => {

@@ -1,6 +1,6 @@
 //! What runs here, or may run, and the room that claims under way reserve.
 
-use super::Registry;
+use super::{Kind, Registry};
 use crate::instance::{board::Entry, handle::Handle};
 use drover_proto::v1::{InstanceState, RecordedRun, Token};
 use std::{
@@ -65,7 +65,7 @@ fn recorded(instance: String, token: Token, holds: Holds, entry: Option<&Entry>)
             (e.pid != 0 || matches!(e.state, Claimed | Starting | Draining), e.memory_bytes)
         }
     };
-    Some(RecordedRun { instance, token: Some(token), alive, memory_bytes })
+    Some(RecordedRun { instance, token: Some(token), alive, memory_bytes, ..RecordedRun::default() })
 }
 
 impl Registry {
@@ -82,6 +82,19 @@ impl Registry {
         runs.collect()
     }
 
+    /// The same with all that is known of each, for a comparison with what the store says.
+    #[must_use]
+    pub fn inventory(&self) -> Vec<RecordedRun> {
+        let entries = self.context.board.all();
+        let with_state = |run: RecordedRun| match entries.get(&run.instance) {
+            Some(entry) => {
+                RecordedRun { state: entry.state.into(), pid: i64::from(entry.pid), owned: entry.owned, ..run }
+            }
+            None => run,
+        };
+        self.recorded_runs().into_iter().map(with_state).collect()
+    }
+
     /// Ends an instance without waiting for what is in flight, and waits for nothing. False when it has no supervisor.
     #[must_use]
     pub fn force(&self, instance: &str) -> bool {
@@ -93,10 +106,15 @@ impl Registry {
     }
 
     /// Reserves room for a claim that is about to be made. `Err` says why there is none; an instance that is here
-    /// already, or being claimed, gives `Ok(false)`.
-    pub async fn reserve(&self, instance: &str, memory_bytes: i64) -> Result<bool, String> {
+    /// already, or being claimed, gives `Ok(false)`. `offered` is the revision of the offer that is to be taken: where a
+    /// claim stood before it of which nothing is here, that claim is gone, only the set that says so was not applied yet.
+    pub async fn reserve(&self, instance: &str, offered: i64, memory_bytes: i64) -> Result<bool, String> {
         let mut inner = self.inner.lock().await;
-        if inner.instances.contains(instance) || inner.claiming.contains_key(instance) {
+        let is_here = inner.instances.get(instance).is_some_and(|known| {
+            let is_over = matches!(known.kind, Kind::Nothing) && known.token.revision < offered;
+            !is_over
+        });
+        if is_here || inner.claiming.contains_key(instance) {
             return Ok(false);
         }
         // What may run counts as what does: were it to be started beside a claim, both would find too little.

@@ -4,7 +4,7 @@
 //! in its place. Each is looked at again with every set of claims, and taken back as soon as it can be told.
 
 use super::super::{
-    adopt::{self, Left, Unsure},
+    adopt::{Left, Unsure},
     board::Entry,
     claim::Claim,
     context::Context,
@@ -53,7 +53,7 @@ impl Registry {
         let unknown = inner.instances.iter().filter(|(_, known)| matches!(known.kind, Kind::Unknown(..)));
         let unknown: Vec<String> = unknown.map(|(instance, _)| instance.clone()).collect();
         // Each waits for an answer of a server: all at the same time, as others wait for this.
-        let looks = unknown.iter().map(|instance| adopt::look(self.context.clone(), instance.clone()));
+        let looks = unknown.iter().map(|instance| self.context.machine.look(&self.context, instance.clone()));
         let found = futures::future::join_all(looks).await;
         for (instance, (claim, directory, left)) in unknown.into_iter().zip(found) {
             let token = claim.token;

@@ -1,6 +1,7 @@
 //! PURE: one step of the state machine, event by event. The table is in the parent module.
 
 use super::{Action, Ended, Event, Health, Phase, Policy, Process, State};
+use crate::mutant;
 
 /// Between a SIGKILL and the next, should the first not have helped (a process in state D ends when it leaves it).
 const KILL_AGAIN_MS: u64 = 5_000;
@@ -8,6 +9,9 @@ const KILL_AGAIN_MS: u64 = 5_000;
 const FORCED_GRACE_MS: u64 = 2_000;
 /// The drain itself ends in time; this is for one that does not.
 const DRAIN_SLACK_MS: u64 = 2_000;
+
+/// Said of an instance whose turn has not come.
+const WAITS: &str = "waits for its turn: this node launches a few servers at a time (launches_at_once)";
 
 /// Takes an event; returns what is to be done.
 pub(super) fn take(state: &mut State, event: Event, now_ms: u64, policy: &Policy, seed: u64) -> Vec<Action> {
@@ -30,6 +34,11 @@ impl Step<'_> {
         match event {
             Event::Begin => {
                 if phase == Phase::Claimed && self.state.wanted {
+                    self.queue();
+                }
+            }
+            Event::Turn => {
+                if phase == Phase::Queued {
                     self.launch();
                 }
             }
@@ -41,7 +50,17 @@ impl Step<'_> {
                 self.state.wanted = true;
                 self.state.forced = false;
                 if phase == Phase::Claimed {
-                    self.launch();
+                    self.queue();
+                }
+            }
+            Event::Owned(owned) => {
+                self.state.owned = owned;
+                match phase {
+                    Phase::Claimed if owned && self.state.wanted => self.queue(),
+                    // It was due while nothing covered it.
+                    Phase::Backoff if owned && self.state.deadline_ms.is_none() => self.queue(),
+                    Phase::Queued if !self.may_start() => self.enter(Phase::Backoff, None),
+                    _ => {}
                 }
             }
             Event::ClaimedAgain => {
@@ -79,6 +98,21 @@ impl Step<'_> {
         self.state.deadline_ms = deadline_in_ms.map(|ms| self.now_ms + ms);
     }
 
+    /// Puts what is owned in line for its launch; what is not stays as it is.
+    fn queue(&mut self) {
+        if !self.may_start() {
+            self.state.deadline_ms = None;
+            return;
+        }
+        self.enter(Phase::Queued, None);
+        self.state.message = WAITS.to_owned();
+        self.actions.push(Action::Queue);
+    }
+
+    fn may_start(&self) -> bool {
+        self.state.owned || mutant::on(mutant::name::START_WITHOUT_CLAIM)
+    }
+
     fn launch(&mut self) {
         self.enter(Phase::Starting, None);
         self.state.process = Process::Launching;
@@ -103,7 +137,7 @@ impl Step<'_> {
     fn unwanted(&mut self) {
         self.state.wanted = false;
         match self.state.phase {
-            Phase::Claimed | Phase::Backoff | Phase::Failed => self.stopped(),
+            Phase::Claimed | Phase::Queued | Phase::Backoff | Phase::Failed => self.stopped(),
             // The launch can't be called back; what it brings is ended.
             Phase::Starting => self.enter(Phase::Stopping, None),
             Phase::Loading => self.terminate(),
@@ -138,6 +172,7 @@ impl Step<'_> {
             return;
         }
         self.state.process = Process::Alive;
+        self.state.failed_launches = 0;
         if self.state.last_end.is_some() {
             self.state.restarts = self.state.restarts.saturating_add(1);
         }
@@ -155,8 +190,9 @@ impl Step<'_> {
         if !self.state.wanted {
             self.stopped();
         } else if retry {
-            // An attempt that started nothing proves nothing about the server: it never adds up to a crash loop.
-            self.state.quick_ends = (self.state.quick_ends + 1).min(self.policy.quick_ends_max.saturating_sub(1));
+            // An attempt that started nothing proves nothing about the server: it counts for no crash loop, neither now nor
+            // with the next end.
+            self.state.failed_launches = self.state.failed_launches.saturating_add(1);
             self.back_off(message, "");
         } else {
             self.fail(message);
@@ -214,7 +250,7 @@ impl Step<'_> {
 
     fn due(&mut self) {
         match self.state.phase {
-            Phase::Backoff => self.launch(),
+            Phase::Backoff => self.queue(),
             Phase::Loading => {
                 let seconds = self.policy.load_timeout_ms / 1000;
                 self.state.quick_ends += 1;
@@ -275,7 +311,10 @@ impl Step<'_> {
     }
 
     fn back_off(&mut self, message: String, bound: &str) {
-        let exponent = self.state.quick_ends.saturating_sub(1).min(20);
+        // Attempts that started nothing make the pause as long as ends in a row do, and no longer.
+        let longest = self.policy.quick_ends_max.saturating_sub(1).max(self.state.quick_ends);
+        let in_vain = self.state.quick_ends.saturating_add(self.state.failed_launches).min(longest);
+        let exponent = in_vain.saturating_sub(1).min(20);
         let pause = (self.policy.backoff_first_ms << exponent).min(self.policy.backoff_max_ms);
         // ±20 %, so that what failed together does not start together.
         let jitter = pause * (self.seed % 401) / 1000;

@@ -7,11 +7,15 @@ fn policy() -> Policy {
     Policy::default()
 }
 
+/// Nobody else is launched: a turn comes at once.
 fn run(events: impl IntoIterator<Item = Event>) -> (State, Vec<Action>) {
     let mut state = State::claimed();
     let mut last = Vec::new();
     for event in events {
         (state, last) = state.step(event, 1_000, &policy(), 200);
+        if last == [Action::Queue] {
+            (state, last) = state.step(Event::Turn, 1_000, &policy(), 200);
+        }
     }
     (state, last)
 }
@@ -43,6 +47,25 @@ fn a_start_goes_through_its_phases() {
     assert_eq!(state.phase, Phase::Loading, "slowness of a loading server is no failure");
     let (state, actions) = run([Event::Begin, Event::Launched, ok()]);
     assert_eq!((state.phase, actions), (Phase::Ready, vec![Action::Open]));
+}
+
+#[test]
+fn who_waits_for_its_turn_can_be_stopped_and_claimed_again() {
+    let policy = policy();
+    let (queued, actions) = State::claimed().step(Event::Begin, 0, &policy, 0);
+    assert_eq!((queued.phase, queued.process, actions), (Phase::Queued, Process::None, vec![Action::Queue]));
+    assert!(queued.message.contains("launches_at_once"), "{}", queued.message);
+    let (stopped, actions) = queued.clone().step(Event::Want(false), 0, &policy, 0);
+    assert_eq!((stopped.phase, actions), (Phase::Stopped, vec![]));
+    let (late, actions) = stopped.step(Event::Turn, 0, &policy, 0);
+    assert_eq!((late.phase, actions), (Phase::Stopped, vec![]), "a turn that comes too late launches nothing");
+    let (still, actions) = queued.step(Event::ClaimedAgain, 0, &policy, 0);
+    assert_eq!((still.phase, actions), (Phase::Queued, vec![]));
+    let (starting, actions) = still.step(Event::Turn, 0, &policy, 0);
+    assert_eq!((starting.phase, starting.message.as_str(), actions), (Phase::Starting, "", vec![Action::Launch]));
+    // A restart waits for its turn as a first start does.
+    let ended = State::ended(Ended::default(), 0, 0);
+    assert_eq!(ended.step(Event::Tick, 0, &policy, 0).1, [Action::Queue]);
 }
 
 #[test]
@@ -130,6 +153,7 @@ fn the_attempt_and_the_next_try_are_told() {
     let failed = || Event::LaunchFailed { message: "no disk".to_owned(), retry: true };
     let (state, _) = run([Event::Begin, failed()]);
     let (state, _) = state.step(Event::Tick, 5_000, &policy(), 200);
+    let (state, _) = state.step(Event::Turn, 5_000, &policy(), 200);
     let (state, _) = state.step(failed(), 5_000, &policy(), 200);
     assert_eq!(state.message, "no disk; it is started again in 1000 ms (attempt 3)");
 }
@@ -159,6 +183,39 @@ fn a_stop_is_final_until_it_is_claimed_again() {
     // Of one that goes on nothing changes.
     let (state, actions) = run([Event::Begin, Event::Launched, ok(), Event::ClaimedAgain]);
     assert_eq!((state.phase, actions), (Phase::Ready, vec![]));
+}
+
+#[test]
+fn what_no_claim_covers_is_not_launched_until_one_does() {
+    let policy = policy();
+    // Its server ends while nobody knows whose it is: it stays where it is, however long that takes.
+    let lost = || [Event::Begin, Event::Launched, ok(), Event::Owned(false), exit(0)];
+    let (state, _) = run(lost());
+    assert_eq!(state.phase, Phase::Backoff);
+    let (state, actions) = state.step(Event::Tick, 1_000_000, &policy, 0);
+    assert_eq!((state.phase, state.deadline_ms, actions), (Phase::Backoff, None, vec![]));
+    let (state, actions) = state.step(Event::Owned(true), 1_000_000, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Queued, vec![Action::Queue]));
+    // Its turn comes when it is nobody's once more.
+    let (state, _) = state.step(Event::Owned(false), 1_000_000, &policy, 0);
+    let (state, actions) = state.step(Event::Turn, 1_000_000, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Backoff, vec![]));
+    assert_eq!(state.step(Event::Owned(true), 1_000_000, &policy, 0).1, [Action::Queue]);
+    // Claimed again before its pause was over: that goes on.
+    let (state, actions) = run(lost().into_iter().chain([Event::Owned(true)]));
+    assert_eq!((state.phase, actions), (Phase::Backoff, vec![]));
+    assert_eq!(state.step(Event::Tick, 1_000_000, &policy, 0).1, [Action::Queue]);
+    // Claimed, and gone before it began.
+    let (state, actions) = run([Event::Owned(false), Event::Begin, Event::Want(true)]);
+    assert_eq!((state.phase, actions), (Phase::Claimed, vec![]));
+    assert_eq!(state.step(Event::Owned(true), 0, &policy, 0).1, [Action::Queue]);
+    // One that an earlier agent has started is nobody's until the claims are known.
+    let (state, _) = State::adopted(true, 0, 0, &policy).step(exit(0), 0, &policy, 0);
+    assert_eq!(state.step(Event::Tick, 1_000_000, &policy, 0).1, []);
+    // A server that serves goes on, and one that is unwanted ends, whoever owns it.
+    let (state, actions) = run([Event::Begin, Event::Launched, ok(), Event::Owned(false)]);
+    assert_eq!((state.phase, actions), (Phase::Ready, vec![]));
+    assert_eq!(state.step(Event::Want(false), 0, &policy, 0).0.phase, Phase::Draining);
 }
 
 #[test]
@@ -196,7 +253,7 @@ fn restarts_back_off_and_a_crash_loop_ends() {
         pauses.push(due - now);
         assert_eq!(state.clone().step(Event::Tick, due - 1, &policy, 200).1, []);
         now = due;
-        for event in [Event::Tick, Event::Launched, ok()] {
+        for event in [Event::Tick, Event::Turn, Event::Launched, ok()] {
             state = state.step(event, now, &policy, 200).0;
         }
         assert_eq!(state.phase, Phase::Ready);
@@ -216,7 +273,7 @@ fn stable_running_forgives() {
         state = state.step(exit(0), now, &policy, 200).0;
         assert_eq!(state.deadline_ms, Some(now + 500));
         now += 500;
-        for event in [Event::Tick, Event::Launched, ok()] {
+        for event in [Event::Tick, Event::Turn, Event::Launched, ok()] {
             state = state.step(event, now, &policy, 200).0;
         }
     }
@@ -241,6 +298,7 @@ fn loading_fails_only_for_lack_of_progress() {
 /// A host in the small: what the machine asks of it, and what happens there of itself.
 #[derive(Default)]
 struct World {
+    queued: bool,
     launching: bool,
     alive: bool,
     asked_to_end: bool,
@@ -250,6 +308,7 @@ impl World {
     fn hear(&mut self, actions: &[Action]) {
         for action in actions {
             match action {
+                Action::Queue => self.queued = true,
                 Action::Launch => {
                     assert!(!self.launching && !self.alive, "a second process beside the first");
                     *self = Self { launching: true, ..Self::default() };
@@ -277,9 +336,32 @@ impl World {
             }
             (false, true) if dice.is_multiple_of(2) => Event::Drained,
             (false, true) => ok(),
+            (false, false) if std::mem::take(&mut self.queued) => Event::Turn,
             (false, false) => Event::Tick,
         }
     }
+}
+
+#[test]
+fn attempts_that_started_nothing_make_no_end_a_crash_loop() {
+    let no = || Event::LaunchFailed { message: "no session now".to_owned(), retry: true };
+    let mut state = run([Event::Begin, Event::Turn, Event::Launched, ok(), exit(1)]).0;
+    let mut longest = 0;
+    // An outage: whatever it needs to be started is away for a while.
+    for _ in 0..8 {
+        let due = state.deadline_ms.unwrap();
+        for event in [Event::Tick, Event::Turn, no()] {
+            state = state.step(event, due, &policy(), 200).0;
+        }
+        assert_eq!(state.phase, Phase::Backoff);
+        longest = longest.max(state.deadline_ms.unwrap() - due);
+    }
+    assert_eq!(longest, 4_000, "the pause has grown, and is bounded");
+    let due = state.deadline_ms.unwrap();
+    for event in [Event::Tick, Event::Turn, Event::Launched, ok(), exit(1)] {
+        state = state.step(event, due, &policy(), 200).0;
+    }
+    assert_eq!((state.phase, state.quick_ends), (Phase::Backoff, 2), "{}", state.message);
 }
 
 #[test]
@@ -326,6 +408,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Begin),
         any::<bool>().prop_map(Event::Want),
+        any::<bool>().prop_map(Event::Owned),
         Just(Event::ClaimedAgain),
         Just(Event::Launched),
         any::<bool>().prop_map(|retry| Event::LaunchFailed { message: "no".to_owned(), retry }),
@@ -340,6 +423,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(refused()),
         Just(Event::Ended(Ended { signal: Some(9), ..Ended::default() })),
         Just(Event::Tick),
+        Just(Event::Turn),
     ]
 }
 
@@ -357,9 +441,11 @@ proptest! {
             let (after, actions) = state.step(event.clone(), now, &policy, seed);
             for action in &actions {
                 match action {
+                    Action::Queue => prop_assert!(after.wanted),
                     Action::Launch => {
                         prop_assert_eq!(before.process, Process::None, "launched beside a process: {:?}", before);
                         prop_assert!(after.wanted, "launched though unwanted");
+                        prop_assert!(after.owned, "launched though no claim covers it");
                         prop_assert!(before.phase != Phase::Stopped, "launched under a token that was given back");
                     }
                     Action::Open => open = true,
@@ -377,7 +463,10 @@ proptest! {
             prop_assert_eq!(open, after.phase == Phase::Ready, "requests go to {:?}", after.phase);
             prop_assert!(
                 (after.process == Process::None)
-                    == matches!(after.phase, Phase::Claimed | Phase::Backoff | Phase::Failed | Phase::Stopped)
+                    == matches!(
+                        after.phase,
+                        Phase::Claimed | Phase::Queued | Phase::Backoff | Phase::Failed | Phase::Stopped
+                    )
             );
             state = after;
         }

@@ -1,13 +1,11 @@
 //! What is on disk of an instance: kept for the next agent, raised to a new token, removed at the end.
 //!
-//! The state directory lies on a disk of this host. A write there waits for that disk, so the runtime's other tasks are
-//! given another thread meanwhile; an instance whose files can't be written has nothing else to do.
+//! The state directory lies on a disk of this host. A write there waits for that disk; an instance whose files can't be
+//! written has nothing else to do.
 
 use super::{
     super::{
-        adopt,
         claim::{self, Claim},
-        run,
         state::{Event, Phase, Process},
     },
     Supervisor,
@@ -15,7 +13,7 @@ use super::{
 use drover_proto::v1::Token;
 use drover_shim::failpoint::{self, Step};
 use std::time::Duration;
-use tokio::task::{JoinSet, block_in_place};
+use tokio::task::JoinSet;
 
 /// How long a shim is waited for whose server has ended, and how often it is looked at.
 const SHIM_PATIENCE: Duration = Duration::from_secs(1);
@@ -34,7 +32,7 @@ impl Supervisor {
         }
         self.claim.failed = failed;
         self.claim.restarts = self.state.restarts;
-        if let Err(error) = block_in_place(|| self.claim.write(self.directory.path())) {
+        if let Err(error) = self.context.machine.keep(&self.claim, &self.directory) {
             tracing::warn!(instance = self.claim.instance, %error, "what was learnt is not on disk");
         }
     }
@@ -54,7 +52,7 @@ impl Supervisor {
             since: lost.since,
             ..claim
         };
-        if let Err(error) = block_in_place(|| self.claim.write(self.directory.path())) {
+        if let Err(error) = self.context.machine.keep(&self.claim, &self.directory) {
             tracing::warn!(instance = self.claim.instance, %error, "the restored claim is not on disk");
         }
         self.publish();
@@ -82,7 +80,7 @@ impl Supervisor {
 
     fn raise(&mut self, token: Token) -> bool {
         let claim = Claim { token, ..self.claim.clone() };
-        match block_in_place(|| run::raise(&self.directory, &claim)) {
+        match self.context.machine.raise(&claim, &self.directory) {
             Ok(()) => {
                 failpoint::at(Step::RaiseClaimWritten);
                 if let Some((_, record)) = &mut self.run {
@@ -103,7 +101,7 @@ impl Supervisor {
         failpoint::at(Step::StopReported);
         let removed = async {
             // One that has made the end durable lets go in a moment.
-            while !block_in_place(|| adopt::remove(&self.directory, &self.socket)) {
+            while !self.context.machine.remove(&self.directory, &self.socket) {
                 tokio::time::sleep(SHIM_POLL).await;
             }
         };

@@ -11,12 +11,17 @@ use super::{
     claim::Claim,
     context::Context,
     handle::{Command, Handle},
+    machine,
     run::{self, Run, now_ms},
     state::{Action, Event, Phase, Policy, Process, State},
     trace::{self, Spans},
+    turns::Turn,
 };
-use crate::{clock, host::processes::Living};
-use drover_proto::v1::{Severity, Token};
+use crate::clock;
+use drover_proto::{
+    v1::{Severity, Token},
+    world,
+};
 use drover_shim::{
     failpoint::{self, Step},
     record::{Directory, Record},
@@ -50,6 +55,8 @@ pub enum Begin {
 /// What the supervisor's own tasks tell it.
 enum Message {
     Launched(Result<Run, run::Failed>),
+    /// It may be launched; the others wait while this is held.
+    Turn(Turn),
     Event(Event),
 }
 
@@ -62,9 +69,11 @@ struct Supervisor {
     state: State,
     since: Timestamp,
     spans: Spans,
-    run: Option<(Arc<Living>, Record)>,
+    run: Option<(Arc<dyn machine::Process>, Record)>,
     /// The process that ended last; 0 when the present attempt has had none yet.
     ended_pid: i32,
+    /// Held from the launch until the server answers or ends, or has taken long.
+    turn: Option<Turn>,
     /// Tasks of the present run; ended with it.
     tasks: JoinSet<()>,
     /// Which run a message is about: those of an earlier one are void.
@@ -103,6 +112,7 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         spans,
         run,
         ended_pid: 0,
+        turn: None,
         tasks: JoinSet::new(),
         number: 0,
         messages,
@@ -110,11 +120,11 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         raises: Vec::new(),
     };
     // Before anybody can look: an instance is never missing from the board between two sets of claims.
-    supervisor.publish();
+    supervisor.context.board.set(&supervisor.claim.instance, supervisor.entry());
     supervisor.tell_of(None);
     supervisor.context.routes.prepare(supervisor.route());
     let span = info_span!(target: "instance", "instance", id = supervisor.claim.instance);
-    tokio::spawn(supervisor.serve(inbox, outcomes).instrument(span));
+    tokio::spawn(world::task(supervisor.serve(inbox, outcomes).instrument(span)));
     Handle(commands)
 }
 
@@ -139,6 +149,11 @@ impl Supervisor {
                                 self.spans.begin(trace::stop(&self.claim.instance, &traceparent));
                             }
                             self.take(Event::Want(wanted)).await;
+                        }
+                    }
+                    Some(Command::Own(owned)) => {
+                        if owned != self.state.owned {
+                            self.take(Event::Owned(owned)).await;
                         }
                     }
                     Some(Command::Force) => self.take(Event::Force).await,
@@ -180,6 +195,10 @@ impl Supervisor {
                 }
                 self.take(event).await;
             }
+            Message::Turn(turn) => {
+                self.turn = Some(turn);
+                self.take(Event::Turn).await;
+            }
             Message::Launched(Ok(run)) => {
                 self.run = Some((run.living, run.record));
                 self.take(Event::Launched).await;
@@ -202,7 +221,7 @@ impl Supervisor {
 
     async fn take(&mut self, event: Event) {
         let before = self.state.clone();
-        let (state, actions) = self.state.clone().step(event, now_ms(), &self.policy, rand::random());
+        let (state, actions) = self.state.clone().step(event, now_ms(), &self.policy, world::random_u64());
         self.state = state;
         if before.phase != self.state.phase {
             self.since = clock::now();
@@ -216,15 +235,17 @@ impl Supervisor {
         for action in actions {
             self.act(action).await;
         }
-        self.loading.send_if_modified(|loading| {
-            let now = matches!(self.state.phase, Phase::Starting | Phase::Loading);
-            std::mem::replace(loading, now) != now
-        });
+        let starts = matches!(self.state.phase, Phase::Starting | Phase::Loading);
+        if !starts {
+            self.turn = None;
+        }
+        self.loading.send_if_modified(|loading| std::mem::replace(loading, starts) != starts);
         self.publish();
     }
 
     async fn act(&mut self, action: Action) {
         match action {
+            Action::Queue => self.queue(),
             Action::Launch => self.launch(),
             Action::Open | Action::Close => {
                 self.context.routes.set(self.route()).await;

@@ -2,12 +2,12 @@
 
 use super::{
     super::{
-        health, run,
         state::{Event, Health, Phase},
         traces,
     },
     Message, Supervisor,
 };
+use drover_proto::world;
 use drover_shim::failpoint::{self, Step};
 use std::time::Duration;
 use tokio::{
@@ -26,6 +26,16 @@ const PROBE_LOADING_MIN: Duration = Duration::from_millis(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Supervisor {
+    pub(super) fn queue(&mut self) {
+        self.number += 1;
+        let (context, messages, number) = (self.context.clone(), self.messages.clone(), self.number);
+        self.tasks = JoinSet::new();
+        self.tasks.spawn(world::task(async move {
+            let turn = context.turns.take().await;
+            let _ = messages.send((number, Message::Turn(turn))).await;
+        }));
+    }
+
     pub(super) fn launch(&mut self) {
         self.number += 1;
         self.tasks = JoinSet::new();
@@ -34,37 +44,34 @@ impl Supervisor {
         let (context, claim, directory) = (self.context.clone(), self.claim.clone(), self.directory.clone());
         let (messages, number) = (self.messages.clone(), self.number);
         // Not among the run's tasks: a launch can't be called back, and its outcome must be heard.
-        tokio::spawn(
-            async move {
-                let launched = run::launch(&context, &claim, &directory).await;
-                let _ = messages.send((number, Message::Launched(launched))).await;
-            }
-            .instrument(self.spans.current()),
-        );
+        let launch = async move {
+            let launched = context.machine.launch(&context, &claim, &directory).await;
+            let _ = messages.send((number, Message::Launched(launched))).await;
+        };
+        tokio::spawn(world::task(launch.instrument(self.spans.current())));
     }
 
     /// Watches the process and probes it, until it ends.
     pub(super) fn watch(&mut self) {
         let Some((living, record)) = &self.run else { return };
         let (living, record, directory) = (living.clone(), record.clone(), self.directory.clone());
-        let (watched, of) = (living.clone(), record.clone());
+        let (watched, of, machine) = (living.clone(), record.clone(), self.context.machine.clone());
         // In no span: it lives as long as the process, and would keep the start's span open.
         self.task(Span::none(), async move {
             watched.ended().await;
             failpoint::at(Step::StopEnded);
-            Event::Ended(run::ended(&directory, Some(&of)).await)
+            Event::Ended(machine.ended(&directory, &of).await)
         });
         let (messages, number, socket) = (self.messages.clone(), self.number, self.socket.clone());
         let model = traces::model(&record.arguments);
         // An adopted one that is ready has said what it serves.
         let mut confirmed = self.state.phase == Phase::Ready;
-        let loading = self.loading.subscribe();
-        self.tasks.spawn(async move {
+        let (loading, machine) = (self.loading.subscribe(), self.context.machine.clone());
+        self.tasks.spawn(world::task(async move {
             let begun = Instant::now();
             loop {
                 // What serves on the socket is asked until it has said the right thing once: a process does not change its model.
-                let health =
-                    if confirmed { health::probe(&socket).await } else { health::probe_for(&socket, &model).await };
+                let health = machine.probe(&socket, (!confirmed).then_some(model.as_path())).await;
                 confirmed |= health == Health::Ok;
                 let loads = health != Health::Ok && *loading.borrow();
                 // The next probe begins after this one has ended: none piles up on another.
@@ -74,9 +81,9 @@ impl Supervisor {
                 let share = (begun.elapsed() / PROBE_LOADING_SHARE).clamp(PROBE_LOADING_MIN, PROBE_SERVING);
                 sleep(if loads { share } else { PROBE_SERVING }).await;
             }
-        });
+        }));
         let (messages, mut loading) = (self.messages.clone(), self.loading.subscribe());
-        self.tasks.spawn(async move {
+        self.tasks.spawn(world::task(async move {
             let mut done = living.work();
             while *loading.borrow_and_update() {
                 let _ = tokio::time::timeout(PROGRESS_INTERVAL, loading.changed()).await;
@@ -88,18 +95,16 @@ impl Supervisor {
                 }
                 done = now;
             }
-        });
+        }));
     }
 
     /// A task of the present run, which ends in an event; done within a span.
     pub(super) fn task(&mut self, span: Span, work: impl Future<Output = Event> + Send + 'static) {
         let (messages, number) = (self.messages.clone(), self.number);
-        self.tasks.spawn(
-            async move {
-                let event = work.await;
-                let _ = messages.send((number, Message::Event(event))).await;
-            }
-            .instrument(span),
-        );
+        let work = async move {
+            let event = work.await;
+            let _ = messages.send((number, Message::Event(event))).await;
+        };
+        self.tasks.spawn(world::task(work.instrument(span)));
     }
 }

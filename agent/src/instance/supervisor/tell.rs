@@ -12,13 +12,14 @@ impl Supervisor {
     /// The steps of a start and of a stop, as spans.
     pub(super) fn trace(&mut self, before: Phase) {
         match self.state.phase {
-            Phase::Starting => {
+            Phase::Queued => {
                 if !self.spans.is_busy() {
                     // A restart: nobody asked for it, so it is a trace of its own.
                     self.spans.begin(trace::start(&self.claim.instance, &self.claim.spec.name, ""));
                 }
-                self.spans.step(|parent| info_span!(parent: parent, "launch"));
+                self.spans.step(|parent| info_span!(parent: parent, "queue"));
             }
+            Phase::Starting => self.spans.step(|parent| info_span!(parent: parent, "launch")),
             Phase::Loading => self.spans.step(|parent| info_span!(parent: parent, "load")),
             Phase::Draining => self.spans.step(|parent| info_span!(parent: parent, "drain")),
             Phase::Stopping => self.spans.step(|parent| info_span!(parent: parent, "terminate")),
@@ -82,22 +83,22 @@ impl Supervisor {
     }
 
     pub(super) fn publish(&self) {
-        let (board, owned) = (&self.context.board, self.is_owned());
-        board.set(
-            &self.claim.instance,
-            Entry {
-                token: self.claim.token,
-                owned,
-                state: self.state.reported(),
-                pid: self.pid(),
-                restarts: self.state.restarts,
-                message: self.state.message.clone(),
-                since: self.since,
-                traceparent: self.spans.traceparent().to_owned(),
-                exit_code: self.state.last_end.as_ref().and_then(|end| end.code),
-                exit_signal: self.state.last_end.as_ref().and_then(|end| end.signal),
-                memory_bytes: self.claim.memory_bytes,
-            },
-        );
+        self.context.board.update(&self.claim.instance, self.entry());
+    }
+
+    pub(super) fn entry(&self) -> Entry {
+        Entry {
+            token: self.claim.token,
+            owned: self.state.owned,
+            state: self.state.reported(),
+            pid: self.pid(),
+            restarts: self.state.restarts,
+            message: self.state.message.clone(),
+            since: self.since,
+            traceparent: self.spans.traceparent().to_owned(),
+            exit_code: self.state.last_end.as_ref().and_then(|end| end.code),
+            exit_signal: self.state.last_end.as_ref().and_then(|end| end.signal),
+            memory_bytes: self.claim.memory_bytes,
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::{Context, fetch};
 use crate::{
     arguments::Events,
     client::Client,
-    failure::{Failure, is_transport},
+    failure::{Failure, is_elsewhere},
     output::tables,
 };
 use drover_proto::v1::{Event, WatchEventsRequest};
@@ -61,11 +61,11 @@ pub async fn run(context: &Context, options: &Events) -> Result<(), Failure> {
             Ok(()) => Failure::Unreachable("the coordinator ended the stream".to_owned()),
             Err(failure) => failure,
         };
-        let Failure::Unreachable(why) = failure else { return Err(failure) };
+        let (Failure::Unreachable(why) | Failure::Unavailable(why)) = &failure else { return Err(failure) };
         let now = Instant::now();
         let until = *position.resume_until.get_or_insert(now + RESUME_TIMEOUT);
         if !options.follow || !position.opened || now >= until {
-            return Err(Failure::Unreachable(why));
+            return Err(failure);
         }
         context.output.verbose(&format!("{why}; trying again"));
         tokio::time::sleep(RESUME_INTERVAL).await;
@@ -94,7 +94,8 @@ async fn watch(context: &Context, client: &Client, options: &Events, position: &
                     show(context, &event)?;
                 }
             }
-            Err(status) if is_transport(&status) => {
+            // Also one that shuts down in order: the next one goes on.
+            Err(status) if is_elsewhere(&status) => {
                 client.forget().await;
                 return Err(Failure::of_status(&status));
             }

@@ -2,13 +2,16 @@
 
 pub mod apply;
 pub mod chat;
+pub mod check;
 pub mod completions;
 pub mod delete;
 pub mod events;
 pub mod fetch;
+pub mod freeze;
 pub mod get;
 pub mod logs;
 pub mod processes;
+pub mod remove_node;
 pub mod scale;
 pub mod version;
 
@@ -62,6 +65,9 @@ async fn one(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Logs(options) => logs::run(context, &options).await,
         Command::Events(options) => events::run(context, &options).await,
         Command::Processes(options) => processes::run(context, &options).await,
+        Command::Check(options) => check::run(context, &options).await,
+        Command::Freeze(options) => freeze::run(context, &options).await,
+        Command::RemoveNode(options) => remove_node::run(context, &options).await,
         Command::Chat(options) => chat::run(context, &options).await,
         Command::Dev(options) => crate::dev::run(context, &options).await,
         Command::Version => version::run(context),

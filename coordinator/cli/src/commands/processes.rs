@@ -54,7 +54,7 @@ async fn clean_up(context: &Context, options: &Cleanup) -> Result<(), Failure> {
         reason: options.reason.clone().unwrap_or_default(),
     };
     let (client, trace) = (context.client()?, Trace::begin());
-    let call = client.write(|mut fleet| {
+    let call = client.write_once(|mut fleet| {
         let request = trace.request(request.clone());
         async move { fleet.cleanup_processes(request).await }
     });
@@ -93,7 +93,7 @@ async fn stop(context: &Context, options: &StopProcess) -> Result<(), Failure> {
         confirm: options.yes,
     };
     let (client, trace) = (context.client()?, Trace::begin());
-    let call = client.write(|mut fleet| {
+    let call = client.write_once(|mut fleet| {
         let request = trace.request(request.clone());
         async move { fleet.stop_process(request).await }
     });
@@ -134,7 +134,7 @@ fn outcome(lives: usize, unreachable: &[NodeFailure]) -> Result<(), Failure> {
 }
 
 /// Waits for a call, and says what for when it takes longer than a moment.
-async fn shown<T>(what: &str, call: impl Future<Output = T>) -> T {
+pub(super) async fn shown<T>(what: &str, call: impl Future<Output = T>) -> T {
     let progress = Progress::begin();
     let mut call = std::pin::pin!(call);
     let done = match tokio::time::timeout(MOMENT, &mut call).await {
@@ -148,7 +148,7 @@ async fn shown<T>(what: &str, call: impl Future<Output = T>) -> T {
     done
 }
 
-fn tell_missing(context: &Context, unreachable: &[NodeFailure], not_listed: &[NotListed]) {
+pub(super) fn tell_missing(context: &Context, unreachable: &[NodeFailure], not_listed: &[NotListed]) {
     for node in unreachable {
         context.output.notice(&crate::output::printable(&format!("{} is left out: {}", node.node, node.message)));
     }

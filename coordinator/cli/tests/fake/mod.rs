@@ -24,6 +24,7 @@ pub struct State {
     pub deployments: BTreeMap<String, Deployment>,
     pub instances: Vec<Instance>,
     pub nodes: Vec<Node>,
+    pub freeze: Freeze,
     /// Events about instances and deployments.
     pub events: Vec<Event>,
     /// `traceparent` of every change.
@@ -222,11 +223,45 @@ impl fleet_service_server::FleetService for Fake {
         Err(Status::unimplemented("this fake has no hosts"))
     }
 
+    async fn check_duplicates(
+        &self,
+        _: Request<CheckDuplicatesRequest>,
+    ) -> Result<Response<CheckDuplicatesResponse>, Status> {
+        Err(Status::unimplemented("this fake has no hosts"))
+    }
+
     async fn cleanup_processes(
         &self,
         _: Request<CleanupProcessesRequest>,
     ) -> Result<Response<CleanupProcessesResponse>, Status> {
         Err(Status::unimplemented("this fake has no hosts"))
+    }
+
+    async fn get_freeze(&self, _: Request<GetFreezeRequest>) -> Result<Response<GetFreezeResponse>, Status> {
+        Ok(Response::new(GetFreezeResponse { freeze: Some(self.0.lock().unwrap().freeze.clone()) }))
+    }
+
+    async fn override_freeze(
+        &self,
+        request: Request<OverrideFreezeRequest>,
+    ) -> Result<Response<OverrideFreezeResponse>, Status> {
+        self.note(&request);
+        let (request, mut state) = (request.into_inner(), self.0.lock().unwrap());
+        let until = prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 };
+        state.freeze.frozen = request.for_ms == 0;
+        state.freeze.override_until = (request.for_ms > 0).then_some(until);
+        state.freeze.override_reason = request.reason;
+        Ok(Response::new(OverrideFreezeResponse { freeze: Some(state.freeze.clone()) }))
+    }
+
+    async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Result<Response<RemoveNodeResponse>, Status> {
+        match request.into_inner().name.as_str() {
+            "gone" => Ok(Response::new(RemoveNodeResponse {})),
+            name => {
+                let what = format!("node {name} has a session");
+                Err(status::with_reason(Code::FailedPrecondition, status::reason::SESSION_EXISTS, what))
+            }
+        }
     }
 }
 

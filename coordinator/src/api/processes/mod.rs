@@ -7,8 +7,10 @@
 //! | `unwanted` | the desired state: instances that are wanted no more, deployments that ask for fewer |
 //! | `ask` | the nodes: what runs there, and its end |
 //! | `outcome` | PURE: answers for people |
+//! | `duplicates` | PURE: instances that several of them serve |
 
 mod ask;
+mod duplicates;
 mod outcome;
 mod request;
 mod stop;
@@ -25,8 +27,8 @@ use drover_proto::{
     status::invalid_field,
     transport::Peer,
     v1::{
-        CleanupProcessesRequest, CleanupProcessesResponse, HostProcess, ListProcessesRequest, ListProcessesResponse,
-        NodeFailure, ProcessResult,
+        CheckDuplicatesResponse, CleanupProcessesRequest, CleanupProcessesResponse, HostProcess, ListProcessesRequest,
+        ListProcessesResponse, NodeFailure, ProcessResult,
     },
 };
 use std::collections::BTreeMap;
@@ -91,6 +93,13 @@ impl Processes {
         tracing::debug!(who, why, dry_run, processes = results.len(), "a clean-up was asked for");
         let unreachable = looked.unreachable.into_iter().chain(failures).collect();
         Ok(CleanupProcessesResponse { results, dry_run, unreachable, not_listed: looked.not_listed })
+    }
+
+    pub(super) async fn check_duplicates(&self) -> Result<CheckDuplicatesResponse, Status> {
+        let looked = self.look("", 0).await?;
+        // Read after the nodes were asked: what they said then is compared with claims that are as new.
+        let duplicates = duplicates::duplicates(looked.all.into_values(), &self.view.snapshot());
+        Ok(CheckDuplicatesResponse { duplicates, unreachable: looked.unreachable, not_listed: looked.not_listed })
     }
 
     /// Ends what no instance accounts for, if that is confirmed; else says that it would. Nodes that fail are named.

@@ -27,7 +27,7 @@ impl World {
     }
 
     async fn over(store: Store) -> Self {
-        schema::open(&store).await.unwrap();
+        schema::open(&store, None).await.unwrap();
         let stop = CancellationToken::new();
         let view = View::start(store.clone(), stop.clone());
         let (events, _) = Events::start(store.clone(), "coordinator/test".to_owned());

@@ -13,6 +13,9 @@ use drover_proto::{
     v1::{ClaimItem, ClaimManyRequest, ClaimResult, DeploymentSpec, Token},
 };
 
+/// How often a re-claim goes on after the instance's record was written meanwhile, as an offer is.
+const ROUNDS_MAX: u32 = 3;
+
 /// Claims of one node under way.
 pub(super) struct Batch<'a> {
     snapshot: &'a Snapshot,
@@ -31,9 +34,25 @@ struct Open<'a> {
     item: &'a ClaimItem,
     /// Revision of the instance's record.
     instance_revision: i64,
+    /// How often that was read anew.
+    rounds: u32,
     /// The spec, and its revision.
     spec: &'a DeploymentSpec,
     revision: u64,
+}
+
+impl Open<'_> {
+    /// A re-claim does not hang on an offer: that the record was written meanwhile, to offer the instance to others, must not
+    /// let them win. False when nothing was written, or this has happened too often.
+    fn renew(&mut self, instance: Option<&store::KeyValue>) -> bool {
+        let Some(now) = instance.filter(|now| now.mod_revision != self.instance_revision) else { return false };
+        let wanted = records::decode::<record::Instance>(now).is_ok_and(|instance| instance.wanted);
+        if self.item.recorded_token.is_none() || !wanted || self.rounds == ROUNDS_MAX {
+            return false;
+        }
+        (self.instance_revision, self.rounds) = (now.mod_revision, self.rounds + 1);
+        true
+    }
 }
 
 impl<'a> Batch<'a> {
@@ -75,22 +94,30 @@ impl<'a> Batch<'a> {
         };
         let lease = session.value.lease;
         let bumped = record::Session { version: session.value.version + 1, ..session.value.clone() };
+        let named = if mutant::on(mutant::name::SESSION_REVISION_RE_READ) {
+            session.mod_revision
+        } else {
+            self.request.session_revision
+        };
         let mut txn = Txn {
             compare: vec![
-                Compare::ModRevision(keys::session(self.node), self.request.session_revision),
+                Compare::ModRevision(keys::session(self.node), named),
                 Compare::ModRevision(keys::SCHEMA.to_owned(), schema.mod_revision),
                 Compare::ModRevision(keys::HALT.to_owned(), self.snapshot.halt.as_ref().map_or(0, |h| h.mod_revision)),
             ],
             then: vec![records::put(keys::session(self.node), &bumped, lease)],
             otherwise: vec![Op::Get(keys::session(self.node))],
         };
+        if mutant::on(mutant::name::CLAIM_WITHOUT_SESSION_COMPARE) {
+            txn.compare.remove(0);
+        }
         for Open { item, instance_revision, revision, .. } in &self.open {
             let id = &item.instance;
             txn.compare.push(Compare::ModRevision(keys::instance(id), *instance_revision));
             if !mutant::on(mutant::name::CLAIM_WITHOUT_CREATE_COMPARE) {
                 txn.compare.push(Compare::CreateRevision(keys::claim(id), 0));
             }
-            if item.recorded_token.is_none() {
+            if item.recorded_token.is_none() && !mutant::on(mutant::name::OFFER_SERVED_TWICE) {
                 txn.compare.push(Compare::ModRevisionBelow(keys::taken(id), item.offer_revision));
             }
             let claim = record::Claim {
@@ -100,11 +127,17 @@ impl<'a> Batch<'a> {
                 memory_bytes: item.memory_bytes,
                 gpus: vec![],
                 revision: *revision,
+                session_revision: self.request.session_revision,
+                offer_revision: if item.recorded_token.is_none() { item.offer_revision } else { 0 },
             };
             let taken = record::Taken { node: self.node.to_owned(), nonce: item.nonce.clone() };
-            txn.then.push(records::put(keys::claim(id), &claim, lease));
+            let leased = if mutant::on(mutant::name::CLAIM_WITHOUT_LEASE) { 0 } else { lease };
+            txn.then.push(records::put(keys::claim(id), &claim, leased));
             txn.then.push(records::put(keys::taken(id), &taken, 0));
             txn.otherwise.extend([keys::claim(id), keys::instance(id), keys::taken(id)].map(Op::Get));
+        }
+        if mutant::on(mutant::name::CLAIM_BY_BLIND_PUT) {
+            txn.compare.clear();
         }
         Ok(txn)
     }
@@ -127,14 +160,16 @@ impl<'a> Batch<'a> {
         }
         let mut kept = Vec::new();
         let before = self.open.len();
-        for (n, one) in self.open.drain(..).enumerate() {
+        let mut renewed = false;
+        for (n, mut one) in self.open.drain(..).enumerate() {
             let [claim, instance, taken] = [1, 2, 3].map(|k| read(3 * n + k));
+            renewed |= claim.is_none() && one.renew(instance);
             match why_lost(&one, claim, instance, taken) {
                 Some(why) => refuse(&mut self.results[one.place], why),
                 None => kept.push(one),
             }
         }
-        if kept.len() == before {
+        if kept.len() == before && !renewed {
             // It concerns none of them alone.
             let why = "a halt was set or lifted, or the store was opened anew, meanwhile: ask again";
             kept.drain(..).for_each(|one| refuse(&mut self.results[one.place], refused(reason::OFFER_GONE, why)));
@@ -149,9 +184,11 @@ fn refuse(result: &mut ClaimResult, why: Refused) {
 }
 
 fn check_session(snapshot: &Snapshot, node: &str, request: &ClaimManyRequest) -> Result<(), Refused> {
+    use mutant::name::{CLAIM_BY_BLIND_PUT, CLAIM_WITHOUT_SESSION_COMPARE, SESSION_REVISION_RE_READ};
+    let any = [CLAIM_WITHOUT_SESSION_COMPARE, CLAIM_BY_BLIND_PUT, SESSION_REVISION_RE_READ].into_iter().any(mutant::on);
     match snapshot.sessions.get(node).filter(|s| s.value.session_id == request.session_id) {
         None => Err(refused(reason::SESSION_MOVED, format!("{node} has no session {}: open one", request.session_id))),
-        Some(s) if s.mod_revision != request.session_revision => Err(refused(
+        Some(s) if s.mod_revision != request.session_revision && !any => Err(refused(
             reason::SESSION_MOVED,
             format!("the session is at revision {}, the request names {}", s.mod_revision, request.session_revision),
         )),
@@ -206,7 +243,7 @@ fn check<'a>(
     let spec = snapshot
         .spec_of(&stored.value)
         .ok_or_else(|| gone(format!("revision {revision} of {} is gone", stored.value.deployment)))?;
-    Ok(Open { place, item, instance_revision: stored.mod_revision, spec, revision })
+    Ok(Open { place, item, instance_revision: stored.mod_revision, rounds: 0, spec, revision })
 }
 
 /// Memory of a run to be claimed again that counts as reserved already, in bytes.

@@ -18,21 +18,24 @@ const ATTEMPTS: usize = 3;
 #[derive(Debug, Clone, Default)]
 pub(in crate::control) struct Told {
     pub(in crate::control) models: Option<ModelInventory>,
-    pub(in crate::control) unclaimed: Option<Vec<record::UnclaimedRun>>,
+    pub(in crate::control) alive: Option<Vec<record::UnclaimedRun>>,
+    /// Session in which what it says of its runs is all that there is to say.
+    pub(in crate::control) inventory_of: Option<String>,
     pub(in crate::control) capacity: Option<Capacity>,
 }
 
 /// Keeps the record as told until nobody tells any more, or until the node has joined anew: then another stream does.
+/// `joined_at` is when it joined on this stream, `schema` the revision of the store's schema then.
 pub(in crate::control) async fn keep(
     store: Store,
     node: String,
-    joined_at: Option<Timestamp>,
+    (joined_at, schema): (Option<Timestamp>, i64),
     mut told: watch::Receiver<Told>,
 ) {
     while told.changed().await.is_ok() {
         loop {
             let now = told.borrow_and_update().clone();
-            match write(&store, &node, joined_at, &now).await {
+            match write(&store, &node, (joined_at, schema), &now).await {
                 Ok(true) => break,
                 Ok(false) => return,
                 Err(error) => tracing::warn!(%error, node, "the node's record is not up to date yet"),
@@ -43,7 +46,12 @@ pub(in crate::control) async fn keep(
 }
 
 /// False when the record is another stream's by now, or gone.
-async fn write(store: &Store, node: &str, joined_at: Option<Timestamp>, told: &Told) -> Result<bool, Error> {
+async fn write(
+    store: &Store,
+    node: &str,
+    (joined_at, schema): (Option<Timestamp>, i64),
+    told: &Told,
+) -> Result<bool, Error> {
     let key = keys::node(node);
     for _ in 0..ATTEMPTS {
         let Some(stored) = store.get(&key).await? else { return Ok(false) };
@@ -55,8 +63,11 @@ async fn write(store: &Store, node: &str, joined_at: Option<Timestamp>, told: &T
         if let Some(models) = &told.models {
             after.models = Some(models.clone());
         }
-        if let Some(unclaimed) = &told.unclaimed {
-            after.unclaimed.clone_from(unclaimed);
+        if let Some(alive) = &told.alive {
+            after.unclaimed.clone_from(alive);
+        }
+        if let Some(session) = &told.inventory_of {
+            after.inventory_of.clone_from(session);
         }
         if let Some(capacity) = &told.capacity {
             after.capacity = Some(capacity.clone());
@@ -64,7 +75,10 @@ async fn write(store: &Store, node: &str, joined_at: Option<Timestamp>, told: &T
         if after == before {
             return Ok(true);
         }
-        let compare = vec![Compare::ModRevision(key.clone(), stored.mod_revision)];
+        let compare = vec![
+            Compare::ModRevision(key.clone(), stored.mod_revision),
+            Compare::ModRevision(keys::SCHEMA.to_owned(), schema),
+        ];
         let txn = Txn { compare, then: vec![records::put(key.clone(), &after, 0)], otherwise: vec![] };
         if store.txn(txn).await?.succeeded {
             return Ok(true);

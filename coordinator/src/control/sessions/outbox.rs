@@ -2,7 +2,10 @@
 //! is sent when it differs from the last one sent.
 
 use super::shares::Shares;
-use crate::plan::snapshot::Snapshot;
+use crate::{
+    control::mutant,
+    plan::snapshot::{Snapshot, millis},
+};
 use drover_proto::{
     limits,
     store::v1::UnclaimedRun,
@@ -46,11 +49,6 @@ impl Outbox {
     /// The node has said anew what runs on it.
     pub(super) fn set_runs(&mut self, runs: Vec<RecordedRun>) {
         self.runs = runs;
-    }
-
-    /// See [`unclaimed`].
-    pub(super) fn unclaimed(&self, snapshot: &Snapshot, node: &str) -> Vec<UnclaimedRun> {
-        unclaimed(&self.runs, snapshot, node)
     }
 
     /// The set of claims, whether or not it has changed; remembered as sent.
@@ -105,15 +103,13 @@ impl Outbox {
     }
 }
 
-/// Runs that are alive and not owned: they count as reserved on the node.
-pub(super) fn unclaimed(runs: &[RecordedRun], snapshot: &Snapshot, node: &str) -> Vec<UnclaimedRun> {
-    let owned = |id: &str| snapshot.claims.get(id).is_some_and(|c| c.value.node == node);
-    let free = runs.iter().filter(|r| r.alive && !owned(&r.instance));
-    free.map(|r| UnclaimedRun {
-        instance: r.instance.clone(),
-        memory_bytes: r.memory_bytes.clamp(0, limits::MEMORY_BYTES_MAX),
-    })
-    .collect()
+/// Runs that are alive, as the node's record keeps them: all of them, since a claim that stands now may be gone in a moment.
+pub(super) fn alive(runs: &[RecordedRun]) -> Vec<UnclaimedRun> {
+    let alive = runs.iter().filter(|run| run.alive).map(|run| UnclaimedRun {
+        instance: run.instance.clone(),
+        memory_bytes: run.memory_bytes.clamp(0, limits::MEMORY_BYTES_MAX),
+    });
+    alive.collect()
 }
 
 fn claim_set(snapshot: &Snapshot, shares: &Shares, node: &str, runs: &[RecordedRun]) -> ClaimSet {
@@ -123,7 +119,8 @@ fn claim_set(snapshot: &Snapshot, shares: &Shares, node: &str, runs: &[RecordedR
         OwnedClaim {
             instance: id.clone(),
             token: Some(Token { generation: snapshot.generation(), revision: claim.mod_revision }),
-            wanted: instance.is_some_and(|i| i.value.wanted),
+            // What nobody has withdrawn goes on: a record that can't be read is not one that says no.
+            wanted: instance.map_or_else(|| snapshot.is_unreadable(id), |i| i.value.wanted),
             spec: instance.and_then(|i| snapshot.spec_of(&i.value)).cloned(),
             revision: claim.value.revision,
             memory_bytes: claim.value.memory_bytes,
@@ -134,24 +131,41 @@ fn claim_set(snapshot: &Snapshot, shares: &Shares, node: &str, runs: &[RecordedR
         claims: claims.collect(),
         revision: snapshot.revision,
         session_revision: snapshot.sessions.get(node).map_or(0, |s| s.mod_revision),
+        store_generation: snapshot.generation(),
         end_runs: runs.iter().filter_map(|run| end_run(snapshot, node, run)).collect(),
     }
 }
 
-/// A run that the node does not own ends when nobody wants the instance, or when a higher token is ready elsewhere.
+/// A run that the node does not own ends when nobody wants the instance, or when a higher token is ready elsewhere. Of an
+/// instance that the store does not know, only this store can say so: a run that was claimed in another one, or before this
+/// one was begun, is none of its business.
 fn end_run(snapshot: &Snapshot, node: &str, run: &RecordedRun) -> Option<EndRun> {
     let order = |yields_to| Some(EndRun { instance: run.instance.clone(), yields_to });
-    let wanted = snapshot.instances.get(&run.instance).is_some_and(|i| i.value.wanted);
+    let wanted = match snapshot.instances.get(&run.instance) {
+        Some(instance) => instance.value.wanted,
+        None => snapshot.is_unreadable(&run.instance) || !claimed_here(snapshot, run),
+    };
     match snapshot.claims.get(&run.instance) {
         Some(claim) if claim.value.node == node => None,
         Some(_) => {
             let token = snapshot.token(&run.instance);
             let higher = token > run.token;
-            (higher && snapshot.state(&run.instance) == InstanceState::Ready).then(|| order(token)).flatten()
+            let ready =
+                snapshot.state(&run.instance) == InstanceState::Ready || mutant::on(mutant::name::DRAIN_BEFORE_READY);
+            let token = if mutant::on(mutant::name::DRAIN_ORDER_WITHOUT_TOKEN) { None } else { token };
+            (higher && ready).then(|| order(token)).flatten()
         }
         None if wanted => None,
         None => order(None),
     }
+}
+
+/// Whether this store can have made the token of a run.
+fn claimed_here(snapshot: &Snapshot, run: &RecordedRun) -> bool {
+    let begun = snapshot.schema.as_ref().map_or(i64::MAX, |schema| schema.create_revision);
+    let token = run.token.unwrap_or_default();
+    (token.generation == snapshot.generation() && token.revision > begun)
+        || mutant::on(mutant::name::ENDS_WHAT_IT_NEVER_KNEW)
 }
 
 /// Offers to this node that still stand and have not been used, each with the node's rank among the candidates.
@@ -168,6 +182,7 @@ fn offers(snapshot: &Snapshot, shares: &Shares, node: &str, now_ms: i64) -> impl
             spec: Some(spec),
             revision: instance.value.revision,
             deadline: offer.deadline,
+            valid_ms: offer.deadline.as_ref().map_or(0, |deadline| millis(deadline).saturating_sub(now_ms)),
             halt_generation: offer.halt_generation,
             traceparent: instance.value.traceparent.clone(),
         };
@@ -237,11 +252,13 @@ mod tests {
             token: Some(Token { generation: 1, revision: 5 }),
             alive: true,
             memory_bytes: 1,
+            ..RecordedRun::default()
         };
         let ends =
             |snapshot: &Snapshot| claim_set(snapshot, &Shares::of(snapshot), "a", std::slice::from_ref(&run)).end_runs;
         let mut snapshot = offered(7);
-        snapshot.schema = Some(stored(record::Schema { generation: 1, format: 1, oldest_writer: 1 }, 1));
+        snapshot.schema =
+            Some(stored(record::Schema { generation: 1, format: 1, oldest_writer: 1, ..record::Schema::default() }, 1));
         assert_eq!(ends(&snapshot), [], "wanted, and nobody else has it");
         let claim = record::Claim { node: "b".to_owned(), ..record::Claim::default() };
         snapshot.claims.insert("m-222222".to_owned(), stored(claim, 9));
@@ -252,8 +269,47 @@ mod tests {
         snapshot.statuses.insert("m-222222".to_owned(), stored(status, 10));
         assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: Some(token) }]);
         snapshot.claims.clear();
+        assert_eq!(
+            ends(&snapshot),
+            [],
+            "the claim that it was to yield to has vanished: what was said under it is nothing"
+        );
         snapshot.instances.clear();
         assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: None }]);
+    }
+
+    #[test]
+    fn what_the_store_never_knew_or_can_not_read_is_not_ended() {
+        let run = |generation, revision| RecordedRun {
+            instance: "m-222222".to_owned(),
+            token: Some(Token { generation, revision }),
+            alive: true,
+            memory_bytes: 1,
+            ..RecordedRun::default()
+        };
+        let ends = |snapshot: &Snapshot, run: RecordedRun| {
+            !claim_set(snapshot, &Shares::of(snapshot), "a", &[run]).end_runs.is_empty()
+        };
+        let mut snapshot = Snapshot { revision: 90, ..Snapshot::default() };
+        let schema = record::Schema { generation: 2, ..record::Schema::default() };
+        let begun_at =
+            |revision| Some(Arc::new(Stored { value: schema.clone(), create_revision: revision, mod_revision: 70 }));
+        snapshot.schema = begun_at(1);
+        assert!(ends(&snapshot, run(2, 50)), "it was claimed here, and is gone since");
+        assert!(!ends(&snapshot, run(1, 50)), "it was claimed before a restore");
+        assert!(!ends(&snapshot, run(3, 50)), "it was claimed in a store that is newer");
+        snapshot.schema = begun_at(60);
+        assert!(!ends(&snapshot, run(2, 50)), "it was claimed before this store was begun");
+        snapshot.schema = begun_at(1);
+        snapshot.unreadable.insert("instances/m-222222".to_owned());
+        assert!(!ends(&snapshot, run(2, 50)), "its record is there");
+        // Of one that is owned nobody has said that it is to stop.
+        let claim = record::Claim { node: "a".to_owned(), ..record::Claim::default() };
+        snapshot.claims.insert("m-222222".to_owned(), stored(claim, 50));
+        let wanted = |snapshot: &Snapshot| claim_set(snapshot, &Shares::of(snapshot), "a", &[]).claims[0].wanted;
+        assert!(wanted(&snapshot));
+        snapshot.unreadable.clear();
+        assert!(!wanted(&snapshot));
     }
 
     #[test]

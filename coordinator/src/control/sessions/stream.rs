@@ -1,35 +1,50 @@
 //! The stream of a session: reads what the agent says, tells it what it owns and may claim.
 
 use super::{
-    Cache, Settings, absence,
+    Cache, Refusals, Settings, attach,
     node_record::{self, Told},
     open::{self, Opened},
-    outbox::Outbox,
+    outbox::{self, Outbox},
+    reconcile::{self, Reconcile},
 };
 use crate::{
     audit::Audit,
-    control::{clock, commands, events::Events, status::Statuses, view::View},
+    control::{clock, commands, events::Events, mutant, reach::Reach, status::Statuses, view::View},
     plan::snapshot::Snapshot,
     store::{self, Store},
 };
 use drover_proto::{
-    ids,
+    ids, limits,
     status::{reason, with_reason},
     v1::{
-        CommandAnswer, Heartbeat, HeartbeatAck, Hello, NodeEvent, SessionRequest, SessionResponse, Severity, StatusAck,
-        StatusReport, Welcome, session_request, session_response::Message,
+        CommandAnswer, Heartbeat, HeartbeatAck, Hello, Leave, NodeEvent, ReconcileRequest, RunSet, SessionRequest,
+        SessionResponse, Severity, StatusAck, StatusReport, Welcome, session_request, session_response::Message,
     },
+    world,
 };
+use futures::{Stream, TryStreamExt as _};
 use std::{collections::BTreeMap, time::Duration};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 /// Longest wait for an agent's first message.
 const HELLO: Duration = Duration::from_secs(5);
 /// Longest wait for the view to see a session that was just written.
 const CATCH_UP: Duration = Duration::from_secs(5);
+/// Share of a session's time to live after which a coordinator that can't renew it hands it over: longer than etcd takes to
+/// elect a leader, and soon enough for the agent to be elsewhere before its time is over.
+const HAND_OVER: f64 = 0.35;
+/// Share of a session's time to live that one renewal may take.
+const RENEWAL: f64 = 0.2;
+/// A store that has been out of reach for less than this may answer in a moment: a Hello then waits for it.
+const AWAY: Duration = Duration::from_secs(1);
+/// Pause before a node that had differences is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Messages on their way to an agent; a slow agent slows only its own stream.
 const OUTBOUND: usize = 64;
 /// Reports that wait to be recorded.
@@ -41,6 +56,10 @@ const ANSWERS: usize = 16;
 /// that begins takes back all that it has at once.
 const NOT_OF_THE_NODE: [&str; 2] = ["OfferDeclined", "Adopted"];
 
+/// What an agent says on its stream, as it comes.
+pub trait Inbound: Stream<Item = Result<SessionRequest, Status>> + Send + Unpin + 'static {}
+impl<S: Stream<Item = Result<SessionRequest, Status>> + Send + Unpin + 'static> Inbound for S {}
+
 type Answers = mpsc::Sender<Result<SessionResponse, Status>>;
 
 /// Serves sessions.
@@ -50,6 +69,8 @@ pub struct Sessions {
     pub store: Store,
     /// The view.
     pub view: View,
+    /// Whether the store can be reached.
+    pub reach: Reach,
     /// Events.
     pub events: Events,
     /// What owners report.
@@ -58,6 +79,8 @@ pub struct Sessions {
     pub audit: Audit,
     /// What each node has part in.
     pub shares: Cache,
+    /// Agents that were refused of late.
+    pub refusals: Refusals,
     /// Settings.
     pub settings: Settings,
     /// Ends all streams: this coordinator goes away, agents move to another.
@@ -70,24 +93,39 @@ impl Sessions {
     pub async fn serve(
         &self,
         node: String,
-        mut inbound: Streaming<SessionRequest>,
+        mut inbound: impl Inbound,
     ) -> Result<ReceiverStream<Result<SessionResponse, Status>>, Status> {
-        let first = tokio::time::timeout(HELLO, inbound.message())
+        let first = timeout(HELLO, inbound.try_next())
             .await
             .map_err(|_| Status::deadline_exceeded("no Hello came within 5 s"))??;
         let Some(SessionRequest { message: Some(session_request::Message::Hello(hello)) }) = first else {
             return Err(Status::invalid_argument("the first message of a session must be Hello"));
         };
         let protocol = open::protocol(&hello).map_err(status_of)?;
-        let opened = open::open(&self.store, &self.view, &self.settings, &node, &hello).await.map_err(status_of)?;
+        // At once, so that the agent finds one that can serve it while its session lives.
+        if let Some(lost) = self.reach.lost().filter(|lost| lost.elapsed() >= AWAY) {
+            return Err(away(&format!("this coordinator can't reach the store ({}): ask another one", lost.why)));
+        }
+        let opened = open::open(&self.store, &self.view, &self.settings, &node, &hello).await;
+        let opened = opened.map_err(|error| {
+            self.tell_refused(&node, &error);
+            status_of(error)
+        })?;
         let (answers, stream) = mpsc::channel(OUTBOUND);
         let mut outbox = Outbox::new(hello.runs.clone());
-        let welcome = self.welcome(&node, protocol, &opened, &mut outbox).await?;
+        let welcome = match self.welcome(&node, protocol, &opened, &mut outbox).await {
+            Ok(welcome) => welcome,
+            Err(status) => {
+                let store = self.store.clone();
+                tokio::spawn(world::task(async move { attach::detach(&store, &node, &opened).await }));
+                return Err(status);
+            }
+        };
         // The channel is empty and its receiver is in hand.
         let _ = answers.try_send(Ok(welcome));
         self.tell_joined(&node, &hello, &opened);
         let session = self.clone();
-        tokio::spawn(async move { session.run(node, opened, inbound, outbox, answers).await });
+        tokio::spawn(world::task(async move { session.run(node, opened, inbound, outbox, answers).await }));
         Ok(ReceiverStream::new(stream))
     }
 
@@ -111,15 +149,31 @@ impl Sessions {
                 protocol,
                 session_id: opened.session_id.clone(),
                 session_revision: opened.revision,
-                ttl_ms: ms(self.settings.ttl),
-                heartbeat_interval_ms: ms(self.settings.heartbeat_interval),
+                ttl_ms: ms(opened.ttl),
+                // The lease may be one that a coordinator with other settings was granted.
+                heartbeat_interval_ms: ms(self.settings.heartbeat_interval.min(opened.ttl / 3)),
                 store_generation: snapshot.generation(),
                 cluster_id,
                 claims: Some(outbox.claim_set(&snapshot, &self.shares.of(&snapshot), node)),
                 resumed: opened.resumed,
                 coordinator: self.settings.coordinator.clone(),
+                store_id: snapshot.schema.as_ref().map(|s| s.value.id.clone()).unwrap_or_default(),
             })),
         })
+    }
+
+    fn tell_refused(&self, node: &str, error: &open::Error) {
+        let open::Error::Refused {
+            reason: reason::NODE_BOUND | reason::SESSION_EXISTS | reason::STORE_CHANGED,
+            message,
+        } = error
+        else {
+            return;
+        };
+        if self.refusals.is_news(node) {
+            let message = format!("an agent asks for its session and is refused: {message}");
+            self.events.record(format!("node/{node}"), "NodeRefused", Severity::Warning, message);
+        }
     }
 
     fn tell_joined(&self, node: &str, hello: &Hello, opened: &Opened) {
@@ -129,23 +183,16 @@ impl Sessions {
         self.events.record(format!("node/{node}"), reason, Severity::Info, message);
     }
 
-    async fn run(
-        self,
-        node: String,
-        opened: Opened,
-        mut inbound: Streaming<SessionRequest>,
-        mut outbox: Outbox,
-        answers: Answers,
-    ) {
+    async fn run(self, node: String, opened: Opened, mut inbound: impl Inbound, mut outbox: Outbox, answers: Answers) {
         let (beats, heartbeats) = mpsc::channel(4);
         let (reports, reported) = mpsc::channel(REPORTS);
-        let renew = renew(self.store.clone(), opened.lease, heartbeats, answers.clone());
+        let renew = renew(self.store.clone(), opened.lease, self.settings.ttl, heartbeats, answers.clone());
         let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone());
         let (tell, told) = watch::channel(Told::default());
-        let node_record = node_record::keep(self.store.clone(), node.clone(), opened.joined_at, told);
+        let node_record = node_record::keep(self.store.clone(), node.clone(), (opened.joined_at, opened.schema), told);
         let (answer, answered) = mpsc::channel(ANSWERS);
         let answer_commands = commands::write_answers(self.store.clone(), self.view.clone(), node.clone(), answered);
-        let inward = Inward { beats, reports, tell, answer };
+        let mut inward = Inward { beats, reports, tell, answer, reconcile: Reconcile::default(), ask_at: None };
         let mut snapshots = self.view.subscribe();
         let talk = async {
             loop {
@@ -164,12 +211,27 @@ impl Sessions {
                 }
                 tokio::select! {
                     () = until(again_ms) => {}
+                    () = at(inward.ask_at) => {
+                        inward.ask_at = None;
+                        let ask = SessionResponse { message: Some(Message::Reconcile(ReconcileRequest {})) };
+                        if answers.send(Ok(ask)).await.is_err() {
+                            return None;
+                        }
+                    }
                     changed = snapshots.changed() => if changed.is_err() { return None },
-                    message = inbound.message() => match message {
+                    message = inbound.try_next() => match message {
                         Ok(Some(SessionRequest { message: Some(session_request::Message::Runs(set)) })) => {
+                            let full = set.clone();
+                            inward.tell.send_modify(|told| {
+                                told.alive = Some(outbox::alive(&set.runs));
+                                if set.reconciled {
+                                    told.inventory_of = Some(opened.session_id.clone());
+                                }
+                            });
                             outbox.set_runs(set.runs);
-                            let unclaimed = outbox.unclaimed(&self.view.snapshot(), &node);
-                            inward.tell.send_modify(|told| told.unclaimed = Some(unclaimed));
+                            if full.full {
+                                self.reconcile(&node, full, &mut inward);
+                            }
                         }
                         Ok(Some(SessionRequest { message: Some(session_request::Message::Leave(leave)) })) => {
                             return Some(leave);
@@ -183,37 +245,53 @@ impl Sessions {
         let leave = tokio::select! {
             () = async { tokio::join!(renew, record, node_record, answer_commands); } => None,
             leave = talk => leave,
+            why = self.view.until_refused() => {
+                let _ = answers.try_send(Err(with_reason(Code::Unavailable, reason::STORE_CHANGED, why)));
+                None
+            }
             () = self.stop.cancelled() => {
-                let away = with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, "this coordinator is shutting down");
-                let _ = answers.try_send(Err(away));
+                let _ = answers.try_send(Err(away("this coordinator is shutting down")));
+                None
+            }
+            () = hand_over(&self.reach, self.settings.ttl) => {
+                tracing::warn!(node, "the store is out of reach: the session is handed over to another coordinator");
+                let _ = answers.try_send(Err(away("this coordinator can't reach the store: go on at another one")));
                 None
             }
         };
-        let left = match leave {
-            Some(leave) => {
-                let ours = absence::leaving(&self.store, &node, &opened.session_id, &self.settings.coordinator).await;
-                ours.map(|revision| (leave.return_within_ms, revision))
+        match leave {
+            // The agent waits for this end: it must not be back before it is written that it has left.
+            Some(leave) => self.left(&node, &opened, leave).await,
+            // It goes on elsewhere with what it has.
+            None if self.stop.is_cancelled() => {}
+            None => {
+                drop(answers);
+                attach::detach(&self.store, &node, &opened).await;
             }
-            None => None,
-        };
-        // The agent waits for this end.
-        drop(answers);
-        if let Some((within_ms, revision)) = left {
-            let within = Duration::from_millis(u64::try_from(within_ms).unwrap_or(0));
-            let lease = (opened.lease, revision);
-            let keep = absence::keep(&self.store, &self.view, &self.events, &node, lease, within);
-            let _ = self.stop.run_until_cancelled(keep).await;
         }
         tracing::debug!(node, "a session's stream has ended; its lease goes on until it runs out or is resumed");
+    }
+
+    async fn left(&self, node: &str, opened: &Opened, leave: Leave) {
+        let within = Duration::from_millis(u64::try_from(leave.return_within_ms).unwrap_or(0));
+        match attach::leave(&self.store, node, opened, within).await {
+            Ok(true) if !within.is_zero() => {
+                let shown = within.min(limits::ABSENCE_MAX).as_secs_f32().round();
+                let what = format!("its agent means to be back within {shown} s: its session is kept so long");
+                self.events.record(format!("node/{node}"), "Left", Severity::Info, what);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(node, %error, "the session of an agent that leaves is not kept"),
+        }
     }
 
     async fn take(&self, node: &str, message: SessionRequest, inward: &Inward) {
         match message.message {
             // A heartbeat that finds the queue full is answered by those before it.
             Some(session_request::Message::Heartbeat(beat)) => drop(inward.beats.try_send(beat)),
-            Some(session_request::Message::Status(report)) => {
-                let _ = inward.reports.send(report).await;
-            }
+            // What finds the queue full is left out: it is not acknowledged, so the agent says it again. Waiting for room here
+            // would leave heartbeats unread for as long as the store takes.
+            Some(session_request::Message::Status(report)) => drop(inward.reports.try_send(report)),
             Some(session_request::Message::Event(event)) => self.node_event(node, event),
             Some(session_request::Message::Checkpoint(checkpoint)) => self.audit.checkpoint(node, checkpoint),
             Some(session_request::Message::Models(models)) => {
@@ -238,6 +316,49 @@ impl Sessions {
         }
     }
 
+    /// Compares a node's inventory with the store, tells what differs and removes what is left of runs that are no more.
+    fn reconcile(&self, node: &str, set: RunSet, inward: &mut Inward) {
+        if mutant::on(mutant::name::NO_RECONCILE) {
+            return;
+        }
+        let snapshot = self.view.snapshot();
+        // A view that is behind what the node knows would show differences that there are not.
+        let news = if snapshot.revision >= set.claims_revision {
+            inward.reconcile.take(reconcile::differences(&snapshot, node, &set), Instant::now())
+        } else {
+            reconcile::News { look_again: true, ..reconcile::News::default() }
+        };
+        inward.ask_at = news.look_again.then(|| Instant::now() + LOOK_AGAIN);
+        for (id, kind, difference) in &news.found {
+            let message = format!("{kind:?} at {node}: {difference}");
+            self.events.record(format!("instance/{id}"), "Differs", kind.severity(), message);
+        }
+        for (id, kind, lasted) in &news.over {
+            let message = format!("{kind:?} at {node} is over after {:.1} s", lasted.as_secs_f32());
+            self.events.record(format!("instance/{id}"), "Agrees", Severity::Info, message);
+        }
+        if !news.found.is_empty() {
+            let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+            news.found.iter().for_each(|(_, kind, _)| *kinds.entry(format!("{kind:?}")).or_default() += 1);
+            let kinds = kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect::<Vec<_>>().join(", ");
+            let message = format!("what runs there and what the store says differ: {kinds}");
+            self.events.record(format!("node/{node}"), "Differs", Severity::Warning, message);
+        }
+        let left = reconcile::run_records(&snapshot, node, &set);
+        if !left.is_empty() {
+            let (statuses, node) = (self.statuses.clone(), node.to_owned());
+            tokio::spawn(world::task(async move {
+                for (id, token) in left {
+                    if let Err(error) = statuses.close_own_run(&node, &id, &token).await {
+                        return tracing::warn!(%error, node, id, "the record of a run that is no more was not removed");
+                    }
+                }
+            }));
+        }
+        // What was recorded as it is writes nothing.
+        set.statuses.into_iter().for_each(|report| drop(inward.reports.try_send(report)));
+    }
+
     fn node_event(&self, node: &str, event: NodeEvent) {
         let about_instance = ids::check_instance_id(&event.instance).is_ok();
         let reason: String = event.reason.chars().filter(char::is_ascii_alphanumeric).take(48).collect();
@@ -257,6 +378,17 @@ struct Inward {
     reports: mpsc::Sender<StatusReport>,
     tell: watch::Sender<Told>,
     answer: mpsc::Sender<CommandAnswer>,
+    reconcile: Reconcile,
+    /// When the node is to be asked for another inventory.
+    ask_at: Option<Instant>,
+}
+
+/// Waits until then; for ever when there is no such time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits until a time of the wall clock; for ever when there is none.
@@ -275,21 +407,56 @@ async fn until(at_ms: Option<i64>) {
 fn still_ours(snapshot: &Snapshot, node: &str, opened: &Opened, coordinator: &str) -> Result<(), Status> {
     let moved = |why: String| Err(with_reason(Code::Aborted, reason::SESSION_MOVED, why));
     match snapshot.sessions.get(node) {
+        _ if snapshot.generation() != opened.generation => moved("the store was restored meanwhile".to_owned()),
         _ if snapshot.revision < opened.revision => Ok(()),
-        Some(s) if s.value.session_id == opened.session_id && s.value.coordinator == coordinator => Ok(()),
-        Some(s) if s.value.session_id == opened.session_id => {
-            moved(format!("{node} has gone on with its session at coordinator {}", s.value.coordinator))
+        // An older coordinator that writes the record leaves the stream's id out.
+        Some(s)
+            if s.value.session_id == opened.session_id
+                && s.value.coordinator == coordinator
+                && (s.value.stream.is_empty() || s.value.stream == opened.stream) =>
+        {
+            Ok(())
         }
+        Some(s) if s.value.session_id == opened.session_id => moved(format!(
+            "{node} has gone on with its session on another stream, at coordinator {}",
+            s.value.coordinator
+        )),
         Some(_) => moved(format!("{node} has opened another session")),
         None => moved(format!("the session of {node} has ended: its lease ran out")),
     }
 }
 
+fn away(why: &str) -> Status {
+    with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, why)
+}
+
+/// Waits until the store has been out of reach for so long that sessions are better off elsewhere.
+async fn hand_over(reach: &Reach, ttl: Duration) {
+    reach.lost_longer_than(ttl.mul_f64(HAND_OVER)).await;
+    if mutant::on(mutant::name::NO_HAND_OVER) {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Renews the lease for each heartbeat, and acknowledges it after the store's answer.
-async fn renew(store: Store, lease: i64, mut heartbeats: mpsc::Receiver<Heartbeat>, answers: Answers) {
+async fn renew(store: Store, lease: i64, ttl: Duration, mut heartbeats: mpsc::Receiver<Heartbeat>, answers: Answers) {
+    if mutant::on(mutant::name::RENEWAL_WITHOUT_HEARTBEAT) {
+        let store = store.clone();
+        tokio::spawn(world::task(async move {
+            while store.renew(lease).await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }));
+    }
+    // The first of those in a row that were not answered.
+    let mut failing: Option<Instant> = None;
     while let Some(beat) = heartbeats.recv().await {
-        match store.renew(lease).await {
+        let asked = Instant::now();
+        let renewed = timeout(ttl.mul_f64(RENEWAL), store.renew(lease)).await;
+        let silent = |_| Err(store::Error::Unavailable("no answer in time".to_owned()));
+        match renewed.unwrap_or_else(silent) {
             Ok(ttl) => {
+                failing = None;
                 let ack = HeartbeatAck { sequence: beat.sequence, ttl_ms: ms(ttl) };
                 let _ = answers.send(Ok(SessionResponse { message: Some(Message::HeartbeatAck(ack)) })).await;
             }
@@ -299,7 +466,16 @@ async fn renew(store: Store, lease: i64, mut heartbeats: mpsc::Receiver<Heartbea
                 return;
             }
             // Not acknowledged: the agent counts its time from the last one that was.
-            Err(error) => tracing::warn!(%error, "a session's lease was not renewed"),
+            Err(error) => {
+                tracing::warn!(%error, "a session's lease was not renewed");
+                let since = *failing.get_or_insert(asked);
+                if since.elapsed() >= ttl.mul_f64(HAND_OVER) && !mutant::on(mutant::name::NO_HAND_OVER) {
+                    let _ = answers
+                        .send(Err(away("the session can't be renewed here: go on at another coordinator")))
+                        .await;
+                    return;
+                }
+            }
         }
     }
 }
@@ -372,22 +548,27 @@ mod tests {
 
     #[test]
     fn a_stream_ends_with_its_session_and_when_another_coordinator_serves_it() {
-        let (session_id, joined_at) = ("s".to_owned(), None);
-        let opened = Opened { session_id, lease: 1, revision: 5, resumed: false, joined_at };
-        let ours = |revision, session: Option<(&str, &str)>| {
+        let opened = Opened { revision: 5, ..Opened::example("s", "first") };
+        let ours = |revision, session: Option<(&str, &str, &str)>| {
             let mut snapshot = Snapshot { revision, ..Snapshot::default() };
-            if let Some((id, coordinator)) = session {
-                let (session_id, coordinator) = (id.to_owned(), coordinator.to_owned());
-                let value = record::Session { session_id, coordinator, ..record::Session::default() };
+            if let Some((id, coordinator, stream)) = session {
+                let [session_id, coordinator, stream] = [id, coordinator, stream].map(str::to_owned);
+                let value = record::Session { session_id, coordinator, stream, ..record::Session::default() };
                 let stored = Stored { value, create_revision: 5, mod_revision: revision };
                 snapshot.sessions.insert("a".to_owned(), Arc::new(stored));
             }
             still_ours(&snapshot, "a", &opened, "one").is_ok()
         };
         assert!(ours(4, None), "the view has not seen it yet");
-        assert!(ours(9, Some(("s", "one"))));
-        assert!(!ours(9, Some(("s", "two"))));
-        assert!(!ours(9, Some(("t", "one"))));
+        assert!(ours(9, Some(("s", "one", "first"))));
+        assert!(ours(9, Some(("s", "one", ""))), "an older coordinator has written it");
+        assert!(!ours(9, Some(("s", "one", "second"))), "its agent has come back by another stream");
+        assert!(!ours(9, Some(("s", "two", "first"))));
+        assert!(!ours(9, Some(("t", "one", "first"))));
         assert!(!ours(9, None));
+        let restored = record::Schema { generation: 2, ..record::Schema::default() };
+        let schema = Some(Arc::new(Stored { value: restored, create_revision: 1, mod_revision: 1 }));
+        let restored = Snapshot { revision: 3, schema, ..Snapshot::default() };
+        assert!(still_ours(&restored, "a", &opened, "one").is_err(), "whatever its revisions are");
     }
 }

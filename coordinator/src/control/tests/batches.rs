@@ -207,6 +207,24 @@ async fn a_run_claimed_again_does_not_take_its_room_twice() {
 }
 
 #[tokio::test]
+async fn what_runs_is_claimed_again_though_it_is_offered_to_others_at_that_moment() {
+    let (world, faulty) = faulty_world().await;
+    let a = world.node("a", 1000).await;
+    let offered = world.many_offered(3, &["b"]).await;
+    let record = |n: usize| world.view.snapshot().instances[&offered[n].0].value.clone();
+    // One is offered anew, and one wanted no more, between the look at the view and the transaction.
+    let unwanted = record::Instance { wanted: false, ..record(1) };
+    let then = vec![
+        records::put(keys::instance(&offered[0].0), &record(0), 0),
+        records::put(keys::instance(&offered[1].0), &unwanted, 0),
+    ];
+    faulty.before_next_txn(Txn { then, ..Txn::default() });
+    let items = offered.iter().map(|(id, _)| item(id, 0)).collect();
+    let answer = world.claim_many("a", a, items).await.unwrap();
+    assert_eq!(reasons(&answer), ["", reason::OFFER_GONE, ""]);
+}
+
+#[tokio::test]
 async fn an_offer_that_has_run_out_and_a_run_that_nobody_wants_are_refused_alone() {
     let world = World::new().await;
     let a = world.node("a", 1000).await;

@@ -1,6 +1,6 @@
 //! A store that fails as real ones do: out of space, or with a write that commits late.
 
-use crate::store::{Backend, Error, KeyValue, Listing, Txn, TxnOutcome, Watch, memory::Memory};
+use crate::store::{Backend, Error, KeyValue, Listing, Txn, TxnOutcome, WATCH_QUEUE, Watch, memory::Memory};
 use std::{
     sync::{
         Mutex,
@@ -8,6 +8,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::{mpsc, watch};
 
 #[derive(Debug)]
 pub(crate) struct Faulty {
@@ -23,12 +24,18 @@ pub(crate) struct Faulty {
     pub(crate) unanswered: AtomicBool,
     /// Done before the next transaction, by somebody else.
     before: Mutex<Option<Txn>>,
+    /// Nothing can be read, and watches break; what is written and renewed is.
+    pub(crate) blind: watch::Sender<bool>,
 }
 
 impl Faulty {
     pub(crate) fn start() -> Self {
+        Self::over(Memory::start(1))
+    }
+
+    pub(crate) fn over(inner: Memory) -> Self {
         Self {
-            inner: Memory::start(1),
+            inner,
             grants: AtomicUsize::new(0),
             txns: AtomicUsize::new(0),
             full: AtomicBool::new(false),
@@ -36,7 +43,12 @@ impl Faulty {
             held: Mutex::new(None),
             unanswered: AtomicBool::new(false),
             before: Mutex::new(None),
+            blind: watch::Sender::new(false),
         }
+    }
+
+    fn sees(&self) -> Result<(), Error> {
+        if *self.blind.borrow() { Err(Error::Unavailable("blind on purpose".to_owned())) } else { Ok(()) }
     }
 
     /// Somebody else does this between now and the next transaction, and nobody has seen it by then.
@@ -59,9 +71,11 @@ impl Faulty {
 #[async_trait::async_trait]
 impl Backend for Faulty {
     async fn get(&self, key: &str) -> Result<Option<KeyValue>, Error> {
+        self.sees()?;
         self.inner.get(key).await
     }
     async fn list(&self, prefix: &str) -> Result<Listing, Error> {
+        self.sees()?;
         self.inner.list(prefix).await
     }
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, Error> {
@@ -94,7 +108,24 @@ impl Backend for Faulty {
         self.inner.revoke(lease).await
     }
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<Watch, Error> {
-        self.inner.watch(prefix, from_revision).await
+        self.sees()?;
+        let mut inner = self.inner.watch(prefix, from_revision).await?;
+        let (sender, changes) = mpsc::channel(WATCH_QUEUE);
+        let mut blind = self.blind.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let broken = async { drop(blind.wait_for(|blind| *blind).await) };
+                let next = tokio::select! {
+                    () = broken => Err(Error::Unavailable("blind on purpose".to_owned())),
+                    next = inner.next() => next,
+                };
+                let over = next.is_err();
+                if sender.send(next).await.is_err() || over {
+                    return;
+                }
+            }
+        });
+        Ok(Watch { changes })
     }
     async fn cluster_id(&self) -> Result<u64, Error> {
         self.inner.cluster_id().await

@@ -58,7 +58,7 @@ async fn a_plan_is_written_by_few_transactions_and_what_has_changed_meanwhile_is
     world.deployment("m", 50).await;
     world.events_settled().await;
     let before = faulty.txns.load(SeqCst);
-    let (_lead, _told) = faults::leading(&world).await;
+    let _lead = faults::leading(&world).await;
     let offered = shown(&world, "fifty instances are offered", |s| s.instances.len() == 50).await;
     let revisions: std::collections::BTreeSet<i64> = offered.instances.values().map(|i| i.mod_revision).collect();
     assert_eq!(revisions.len(), 1, "made by one transaction");
@@ -83,7 +83,7 @@ async fn a_plan_larger_than_a_transaction_is_cut_where_it_has_to_be() {
     let (world, _) = faulty_world().await;
     world.node("a", 10_000).await;
     world.deployment("m", 100).await;
-    let (_lead, _told) = faults::leading(&world).await;
+    let _lead = faults::leading(&world).await;
     let offered = shown(&world, "a hundred instances are offered", |s| s.instances.len() == 100).await;
     let revisions: std::collections::BTreeSet<i64> = offered.instances.values().map(|i| i.mod_revision).collect();
     assert_eq!(revisions.len(), 2, "two comparisons each, and the leader's key");
@@ -93,7 +93,7 @@ async fn a_plan_larger_than_a_transaction_is_cut_where_it_has_to_be() {
 async fn a_plan_of_a_former_leader_that_does_not_know_it_yet_is_not_carried_out() {
     let (world, faulty) = faulty_world().await;
     world.node("a", 1000).await;
-    let (_lead, _told) = faults::leading(&world).await;
+    let _lead = faults::leading(&world).await;
     world.put(keys::LEADER.to_owned(), &record::Leader { coordinator: "two".to_owned(), since: None }, 0).await;
     world.events_settled().await;
     let before = faulty.txns.load(SeqCst);

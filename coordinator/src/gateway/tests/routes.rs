@@ -59,6 +59,7 @@ fn ready_wanted_instances_are_routed_under_their_models_name() {
         proxy_address: "127.0.0.1:7410".to_owned(),
         slots: 3,
         embeddings: false,
+        unowned: false,
     };
     assert_eq!(routes["one"].backends, [expected]);
     assert_eq!(routes["shared"].backends[0].slots, 4);
@@ -80,6 +81,69 @@ fn what_is_not_ready_under_its_standing_claim_is_not_routed_but_its_model_exists
     put(&mut snapshot.nodes, "a", record::Node::default(), 9);
     instance(&mut snapshot, "one", "one-gggggg", InstanceState::Ready, 7);
     assert_eq!(ids(&routes(&snapshot), "one"), Vec::<String>::new(), "a node without a proxy can't be reached");
+}
+
+/// What the owner under a token reported last, kept with the run.
+fn ran(snapshot: &mut Snapshot, id: &str, node: &str, token: i64, ready: bool) {
+    let record = record::Node { proxy_address: format!("{node}:7410"), ..Default::default() };
+    put(&mut snapshot.nodes, node, record, 1);
+    let run = record::Run {
+        node: node.to_owned(),
+        token: Some(Token { generation: 0, revision: token }),
+        ready,
+        ..Default::default()
+    };
+    put(&mut snapshot.runs, &format!("{id}/0.{token}"), run, token);
+}
+
+#[test]
+fn a_server_whose_claim_has_vanished_is_routed_until_something_better_is_ready() {
+    let mut snapshot = fleet();
+    deployment(&mut snapshot, spec("one", "", None), 0);
+    let routed = |snapshot: &Snapshot| {
+        let backend = |b: &Backend| (b.node.clone(), b.unowned);
+        routes(snapshot)["one"].backends.iter().map(backend).collect::<Vec<_>>()
+    };
+    instance(&mut snapshot, "one", "one-aaaaaa", InstanceState::Ready, 7);
+    ran(&mut snapshot, "one-aaaaaa", "a", 7, true);
+    assert_eq!(routed(&snapshot), [("a".to_owned(), false)]);
+    snapshot.claims.clear();
+    assert_eq!(routed(&snapshot), [("a".to_owned(), true)], "unowned but answering");
+    // Another node takes it over: its report replaces the status, and says nothing of the server on a.
+    let claim = record::Claim { node: "b".to_owned(), ..Default::default() };
+    put(&mut snapshot.claims, "one-aaaaaa", claim, 9);
+    ran(&mut snapshot, "one-aaaaaa", "b", 9, false);
+    let report = |snapshot: &mut Snapshot, state: InstanceState| {
+        let token = Some(Token { generation: 0, revision: 9 });
+        put(
+            &mut snapshot.statuses,
+            "one-aaaaaa",
+            record::Status { token, state: state.into(), ..Default::default() },
+            10,
+        );
+    };
+    report(&mut snapshot, InstanceState::Loading);
+    assert_eq!(routed(&snapshot), [("a".to_owned(), true)], "b loads");
+    report(&mut snapshot, InstanceState::Ready);
+    assert_eq!(routed(&snapshot), [("b".to_owned(), false)]);
+    report(&mut snapshot, InstanceState::Backoff);
+    assert_eq!(routed(&snapshot), [("a".to_owned(), true)], "b's has ended, a's has not");
+    // Its node is back and says what it runs.
+    let session = record::Session { session_id: "s".to_owned(), ..Default::default() };
+    put(&mut snapshot.sessions, "a", session, 11);
+    let told = |inventory_of: &str, instances: &[&str]| record::Node {
+        proxy_address: "a:7410".to_owned(),
+        inventory_of: inventory_of.to_owned(),
+        unclaimed: instances
+            .iter()
+            .map(|i| record::UnclaimedRun { instance: (*i).to_owned(), memory_bytes: 1 })
+            .collect(),
+        ..Default::default()
+    };
+    for (node, answers) in [(told("", &[]), true), (told("s", &["one-aaaaaa"]), true), (told("s", &[]), false)] {
+        put(&mut snapshot.nodes, "a", node, 12);
+        assert_eq!(!routed(&snapshot).is_empty(), answers, "{:?}", snapshot.nodes["a"]);
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! which `tests/the_memory_store_answers_as_etcd_does.rs` checks against a real one. Must never: be offered as a store that
 //! survives its process.
 
+mod faults;
 mod state;
 mod txn;
 

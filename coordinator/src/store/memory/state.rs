@@ -102,6 +102,16 @@ impl State {
         }
     }
 
+    pub(super) fn lease_until(&self, lease: i64) -> Option<Instant> {
+        self.leases.get(&lease).map(|lease| lease.expires)
+    }
+
+    pub(super) fn refresh_leases(&mut self, now: Instant) {
+        for lease in self.leases.values_mut() {
+            lease.expires = now + lease.ttl;
+        }
+    }
+
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.leases.values().map(|lease| lease.expires).min()
     }

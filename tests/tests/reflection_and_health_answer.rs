@@ -13,7 +13,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-const FLEET: [&str; 14] = [
+const FLEET: [&str; 17] = [
     "ApplyDeployment",
     "GetDeployment",
     "ListDeployments",
@@ -28,6 +28,9 @@ const FLEET: [&str; 14] = [
     "StopProcess",
     "CleanupProcesses",
     "CheckDuplicates",
+    "GetFreeze",
+    "OverrideFreeze",
+    "RemoveNode",
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -72,6 +72,19 @@ enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// Claims of nodes, beside bare transactions of etcd of the same shape.
+    #[command(after_help = "Example:\n  tests/run bench claims --runs 5")]
+    Claims {
+        /// Numbers of nodes that claim at the same time.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64], value_parser = clap::value_parser!(u16).range(1..=128))]
+        claimers: Vec<u16>,
+        /// Runs of each kind; the rates are their medians, the latencies those of all calls.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Private memory and processor time of agent, proxy and shims beside idle servers.
     #[command(after_help = "Example:\n  tests/run bench overhead --seconds 120")]
     Overhead {
@@ -104,6 +117,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     match Args::parse().what {
         What::Bench { name: Bench::Adopt { servers, runs, json } } => {
             bench::adopt::run(servers, runs.max(1), json).await?;
+        }
+        What::Bench { name: Bench::Claims { claimers, runs, json } } => {
+            bench::claims::run(claimers.into_iter().map(usize::from).collect(), runs.max(1), json).await?;
         }
         What::Bench { name: Bench::Overhead { servers, seconds, json } } => {
             bench::overhead::run(servers, seconds.max(1), json).await?;

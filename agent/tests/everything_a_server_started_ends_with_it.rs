@@ -58,7 +58,8 @@ impl Family {
 
     async fn all_gone(&self) {
         wait_for("the grandchild's end", || (!is_alive(self.grandchild)).then_some(())).await;
-        assert!(!is_alive(self.ready.pid));
+        // Killed together, they are gone one after the other.
+        wait_for("the server's end", || (!is_alive(self.ready.pid)).then_some(())).await;
         wait_for("the cgroup to go", || (!self.cgroup.exists()).then_some(())).await;
         wait_for("its folder to go", || (!self.cgroup.parent().unwrap().exists()).then_some(())).await;
     }

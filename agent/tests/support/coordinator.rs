@@ -80,6 +80,8 @@ pub struct State {
     session_revision: i64,
     pub revision: i64,
     specs: BTreeMap<String, DeploymentSpec>,
+    /// Offers that nobody has tried to claim: they are told again on the next stream.
+    offered: BTreeMap<String, Offer>,
     /// Revision of the last claim made of each instance.
     taken: BTreeMap<String, i64>,
     stream: Option<mpsc::Sender<Result<SessionResponse, Status>>>,
@@ -135,6 +137,7 @@ impl Coordinator {
             session_revision: 0,
             revision: 100,
             specs: BTreeMap::new(),
+            offered: BTreeMap::new(),
             taken: BTreeMap::new(),
             stream: None,
         };
@@ -217,7 +220,16 @@ impl State {
             valid_ms: VALID_MS,
             ..Offer::default()
         };
+        self.offered.insert(instance.to_owned(), offer.clone());
         self.send(session_response::Message::Offer(offer));
+    }
+
+    /// Tells again what nobody has tried to claim: it may have been on its way on a stream that has ended.
+    fn offer_again(&mut self) {
+        for offer in self.offered.clone().into_values() {
+            let offer = Offer { deadline: Some(deadline(self.clock_ahead)), ..offer };
+            self.send(session_response::Message::Offer(offer));
+        }
     }
 
     fn set(&self) -> ClaimSet {
@@ -248,7 +260,8 @@ impl State {
         self.session_revision = self.revision;
         if !resumed {
             self.owned.clear();
-            self.session_id = format!("session-{}", self.revision);
+            // Unique on this host, as real ones are: agents hold the sessions that they have by a name of the host's.
+            self.session_id = format!("session-{}-{:016x}", self.revision, drover_proto::world::random_u64());
             self.alive = true;
         }
         let welcome = Welcome {
@@ -304,6 +317,7 @@ impl State {
         if request.session_id != self.session_id || request.session_revision != self.session_revision {
             return refuse(reason::SESSION_MOVED);
         }
+        self.offered.remove(&request.instance);
         let answer = self.answers.pop_front().unwrap_or(Answer::Grant);
         match answer {
             Answer::Refuse(why) => return refuse(why),
@@ -366,6 +380,7 @@ impl NodeService for Service {
             state.session_at = self.1;
             state.stream = Some(sender);
             state.send(session_response::Message::Welcome(welcome));
+            state.offer_again();
         }
         let service = self.clone();
         tokio::spawn(async move {

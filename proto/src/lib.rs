@@ -39,7 +39,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/drover.
 /// Lowest protocol version that this build speaks on a session.
 pub const PROTOCOL_MIN: u32 = 1;
 /// Highest protocol version that this build speaks on a session.
-pub const PROTOCOL_MAX: u32 = 1;
+pub const PROTOCOL_MAX: u32 = PROTOCOL_LEASE_LOST;
+/// The first in which an agent knows `on_lease_lost`: an older one would keep what is to end.
+pub const PROTOCOL_LEASE_LOST: u32 = 2;
 
 /// Version of this build, as shown to people and to peers.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

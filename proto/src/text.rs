@@ -2,7 +2,7 @@
 
 use crate::DESCRIPTORS;
 use prost::Message;
-use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
+use prost_reflect::{DescriptorPool, DynamicMessage, EnumDescriptor, Kind, MessageDescriptor, SerializeOptions};
 use std::sync::LazyLock;
 
 /// Every message of the contract.
@@ -41,14 +41,60 @@ pub fn to_json(name: &str, message: &impl Message) -> Result<serde_json::Value, 
         .map_err(|e| Error::Malformed(e.to_string()))
 }
 
-/// Reads a message from TOML. Unknown fields are refused; the error names line, column and field.
+/// Reads a message from TOML. Unknown fields are refused; the error names line, column and field. Values of an enum are
+/// written without its prefix, in small letters: `on_lease_lost = "stop"`.
 pub fn from_toml<M: Message + Default>(name: &str, text: &str) -> Result<M, Error> {
     let descriptor = descriptor(name)?;
+    let text = &with_enum_names(&descriptor, text)?;
     let deserializer = toml::Deserializer::parse(text).map_err(|e| Error::Malformed(e.to_string()))?;
     let fields = descriptor.fields().map(|f| f.name().to_owned()).collect::<Vec<_>>();
     let dynamic = DynamicMessage::deserialize(descriptor, deserializer)
         .map_err(|e| Error::Malformed(with_line(text, &fields, &e.to_string())))?;
     dynamic.transcode_to().map_err(|e| Error::Malformed(e.to_string()))
+}
+
+/// The text with the values of enums as the contract has them, each on its line. Only fields of the message itself.
+fn with_enum_names(descriptor: &MessageDescriptor, text: &str) -> Result<String, Error> {
+    let table = toml::de::DeTable::parse(text).map_err(|e| Error::Malformed(e.to_string()))?;
+    let mut replaced = text.to_owned();
+    let mut values = Vec::new();
+    for (key, value) in table.get_ref() {
+        let Some(Kind::Enum(of)) = descriptor.get_field_by_name(key.get_ref()).map(|field| field.kind()) else {
+            continue;
+        };
+        let toml::de::DeValue::String(word) = value.get_ref() else { continue };
+        let short = Short::of(&of);
+        let Some(name) = short.name_of(word) else {
+            let line = text[..value.span().start].lines().count().max(1);
+            let (key, word, words) = (key.get_ref(), word.escape_debug(), short.words().join(", "));
+            return Err(Error::Malformed(format!("line {line}: {key} = \"{word}\" is not known: use one of {words}")));
+        };
+        values.push((value.span(), format!("\"{name}\"")));
+    }
+    // From the back, so that the places of those before stay right.
+    values.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
+    values.into_iter().for_each(|(span, name)| replaced.replace_range(span, &name));
+    Ok(replaced)
+}
+
+/// Names of an enum's values, without the enum's own name in front: the contract demands it there.
+struct Short(Vec<(String, String)>);
+
+impl Short {
+    fn of(of: &EnumDescriptor) -> Self {
+        let names: Vec<String> = of.values().map(|value| value.name().to_owned()).collect();
+        let prefix = names.first().and_then(|zero| zero.strip_suffix("UNSPECIFIED")).unwrap_or_default();
+        let short = |name: &String| name.strip_prefix(prefix).unwrap_or(name).to_lowercase();
+        Self(names.iter().map(|name| (short(name), name.clone())).collect())
+    }
+
+    fn name_of(&self, word: &str) -> Option<&str> {
+        self.0.iter().find(|(short, name)| short == word || name == word).map(|(_, name)| name.as_str())
+    }
+
+    fn words(&self) -> Vec<String> {
+        self.0.iter().filter(|(short, _)| short != "unspecified").map(|(short, _)| format!("\"{short}\"")).collect()
+    }
 }
 
 /// The deserializer places an unknown field at the beginning of its table; this finds its line, and says what is allowed.
@@ -66,7 +112,7 @@ fn with_line(text: &str, fields: &[String], error: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::v1::DeploymentSpec;
+    use crate::v1::{DeploymentSpec, OnLeaseLost};
 
     #[test]
     fn a_deployment_is_read_from_toml_and_shown_as_json() {
@@ -79,6 +125,20 @@ mod tests {
         let json = to_json("drover.v1.DeploymentSpec", &spec).unwrap();
         assert_eq!(json["memory_bytes"], 1_000_000);
         assert_eq!(json["node_labels"]["zone"], "a");
+    }
+
+    #[test]
+    fn values_of_an_enum_are_words_and_one_that_is_unknown_is_refused_with_those_that_are() {
+        let read = |text: &str| from_toml::<DeploymentSpec>("drover.v1.DeploymentSpec", text);
+        for text in
+            ["on_lease_lost = 'stop'\nname = 'tiny'\n", "name = 'tiny'\non_lease_lost = \"ON_LEASE_LOST_STOP\"\n"]
+        {
+            let spec = read(text).unwrap();
+            assert_eq!((spec.on_lease_lost(), spec.name.as_str()), (OnLeaseLost::Stop, "tiny"));
+        }
+        assert_eq!(read("on_lease_lost = 'keep'\n").unwrap().on_lease_lost(), OnLeaseLost::Keep);
+        let error = read("name = 'tiny'\n\non_lease_lost = 'stopp'\n").unwrap_err().to_string();
+        assert_eq!(error, "line 3: on_lease_lost = \"stopp\" is not known: use one of \"keep\", \"stop\"");
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! PURE. What a deployment may say. Every violation names field, value and way out; all are reported at once.
 
 use crate::plan::snapshot::Snapshot;
-use drover_proto::{arguments, ids, limits, v1::DeploymentSpec};
+use drover_proto::{
+    arguments, ids, limits,
+    v1::{DeploymentSpec, OnLeaseLost},
+};
 use std::path::{Component, Path};
 
 type Violations = Vec<(String, String)>;
@@ -45,6 +48,15 @@ pub(super) fn spec(spec: &DeploymentSpec, snapshot: &Snapshot) -> Violations {
         && !(0..=10_000).contains(&layers)
     {
         say("gpu_layers", format!("{layers} is not allowed: use 0 to 10000, or leave it out for the default"));
+    }
+    if OnLeaseLost::try_from(spec.on_lease_lost).is_err() {
+        let value = spec.on_lease_lost;
+        say(
+            "on_lease_lost",
+            format!(
+                "{value} is not known: use ON_LEASE_LOST_KEEP (1) or ON_LEASE_LOST_STOP (2), or leave it out for the default"
+            ),
+        );
     }
     if spec.arguments.len() > limits::ARGUMENTS_MAX {
         say("arguments", format!("{} words are too many: use at most {}", spec.arguments.len(), limits::ARGUMENTS_MAX));
@@ -146,6 +158,7 @@ mod tests {
             ("spec.name", "Bad_Name", DeploymentSpec { name: "Bad_Name".to_owned(), ..good() }),
             ("spec.replicas", "-1", DeploymentSpec { replicas: Some(-1), ..good() }),
             ("spec.replicas", "scale it to 0", DeploymentSpec { replicas: Some(0), ..good() }),
+            ("spec.on_lease_lost", "7 is not known", DeploymentSpec { on_lease_lost: 7, ..good() }),
             ("spec.context_tokens", "0", DeploymentSpec { context_tokens: Some(0), ..good() }),
             ("spec.slots", "-4", DeploymentSpec { slots: Some(-4), ..good() }),
             ("spec.memory_bytes", "-5", DeploymentSpec { memory_bytes: Some(-5), ..good() }),

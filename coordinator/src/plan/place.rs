@@ -1,7 +1,11 @@
 //! PURE. Placement: which nodes may claim an instance, best first.
 
 use super::{Input, Offer, snapshot::Stored};
-use drover_proto::{limits, store::v1 as record, v1::DeploymentSpec};
+use drover_proto::{
+    PROTOCOL_LEASE_LOST, limits,
+    store::v1 as record,
+    v1::{DeploymentSpec, OnLeaseLost},
+};
 use std::{cmp::Reverse, collections::BTreeMap, fmt};
 
 /// Nodes of which it is told what they lack; the others are counted.
@@ -53,6 +57,7 @@ enum Lack<'a> {
     Session,
     Inventory,
     Label(&'a str, &'a str),
+    LeaseLost,
     Model(&'a str),
     Memory { free: i64, need: i64 },
 }
@@ -63,6 +68,7 @@ impl fmt::Display for Lack<'_> {
             Self::Session => write!(f, "is not connected"),
             Self::Inventory => write!(f, "has joined and not said yet what runs on it"),
             Self::Label(key, value) => write!(f, "does not bear the label {key}={value}"),
+            Self::LeaseLost => write!(f, "has an agent that does not know on_lease_lost = \"stop\": upgrade it"),
             Self::Model(path) => write!(f, "has no model file {path}"),
             Self::Memory { free, need } => write!(f, "has {free} bytes of memory left, {need} are needed"),
         }
@@ -108,6 +114,9 @@ fn room<'a>(
     }
     if let Some((key, value)) = spec.node_labels.iter().find(|(k, v)| node.labels.get(*k) != Some(v)) {
         return Err(Lack::Label(key, value));
+    }
+    if spec.on_lease_lost() == OnLeaseLost::Stop && node.protocol < PROTOCOL_LEASE_LOST {
+        return Err(Lack::LeaseLost);
     }
     let Some(file_bytes) = model_size(node, &spec.model_path) else { return Err(Lack::Model(&spec.model_path)) };
     let need = need_bytes(spec, file_bytes);

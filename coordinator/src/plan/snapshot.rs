@@ -2,7 +2,7 @@
 
 use drover_proto::{
     store::v1 as record,
-    v1::{InstanceState, Token},
+    v1::{InstanceState, OnLeaseLost, Token},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -119,9 +119,14 @@ impl Snapshot {
     }
 
     /// The run that may answer for an instance whatever became of its claim: of those whose owner's last report said ready, the
-    /// one with the highest token. A node that has told since what runs on it, and did not name it, knows better.
+    /// one with the highest token. A node that has told since what runs on it, and did not name it, knows better. What ends
+    /// with its lease answers under a claim alone.
     #[must_use]
     pub fn answering(&self, instance: &str) -> Option<&record::Run> {
+        let spec = self.instances.get(instance).and_then(|instance| self.spec_of(&instance.value));
+        if spec.is_some_and(|spec| spec.on_lease_lost() == OnLeaseLost::Stop) && !self.claims.contains_key(instance) {
+            return None;
+        }
         let all = format!("{instance}/");
         let runs = self.runs.range(all.clone()..).take_while(|(key, _)| key.starts_with(&all));
         let ready = runs.map(|(_, run)| &run.value).filter(|run| self.was_ready(instance, run));

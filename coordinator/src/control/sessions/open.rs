@@ -248,5 +248,6 @@ fn record_of(hello: &Hello) -> record::Node {
         models: hello.models.clone(),
         inventory_of: String::new(),
         lost_at: None,
+        protocol: PROTOCOL_MAX.min(hello.protocol_max),
     }
 }

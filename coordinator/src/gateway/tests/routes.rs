@@ -1,6 +1,9 @@
 use super::*;
 use crate::plan::snapshot::{Map, Stored};
-use drover_proto::{store::v1 as record, v1::Token};
+use drover_proto::{
+    store::v1 as record,
+    v1::{OnLeaseLost, Token},
+};
 use std::sync::Arc;
 
 fn put<T>(map: &mut Map<T>, key: &str, value: T, mod_revision: i64) {
@@ -109,6 +112,10 @@ fn a_server_whose_claim_has_vanished_is_routed_until_something_better_is_ready()
     assert_eq!(routed(&snapshot), [("a".to_owned(), false)]);
     snapshot.claims.clear();
     assert_eq!(routed(&snapshot), [("a".to_owned(), true)], "unowned but answering");
+    let mut ends = snapshot.clone();
+    let spec = DeploymentSpec { on_lease_lost: OnLeaseLost::Stop.into(), ..spec("one", "", None) };
+    ends.revisions.values_mut().for_each(|r| Arc::make_mut(r).value.spec = Some(spec.clone()));
+    assert_eq!(routed(&ends), [], "it has ended with its lease");
     // Another node takes it over: its report replaces the status, and says nothing of the server on a.
     let claim = record::Claim { node: "b".to_owned(), ..Default::default() };
     put(&mut snapshot.claims, "one-aaaaaa", claim, 9);

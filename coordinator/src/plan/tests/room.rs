@@ -1,6 +1,7 @@
 //! Whose room is promised to whom, who makes way, and who is asked.
 
 use super::*;
+use drover_proto::{PROTOCOL_LEASE_LOST, v1::OnLeaseLost};
 
 /// A spec of a deployment's second revision that differs from the first by the memory that it needs.
 fn needing(mut fleet: Fleet, bytes: i64) -> Fleet {
@@ -144,4 +145,20 @@ fn a_plan_for_a_large_fleet_is_made_in_time() {
     let took = begun.elapsed();
     assert!(took.as_secs() < 30, "{took:?}");
     println!("1000 instances placed on 1000 nodes that own 10,000: {took:?}");
+}
+
+#[test]
+fn what_ends_with_its_lease_is_offered_to_agents_that_know_how() {
+    let mut fleet = Fleet::new().node("a", 8 * GIB).node("b", 8 * GIB).deployment("m", 1, 1);
+    for revision in fleet.snapshot.revisions.values_mut() {
+        let spec = Arc::make_mut(revision).value.spec.as_mut().unwrap();
+        spec.on_lease_lost = OnLeaseLost::Stop.into();
+    }
+    let why = &fleet.plan().unplaced[0].why;
+    assert!(why.contains("a has an agent that does not know on_lease_lost"), "{why}");
+    let node = fleet.snapshot.nodes.get_mut("b").unwrap();
+    Arc::make_mut(node).value.protocol = PROTOCOL_LEASE_LOST;
+    let created = fleet.plan();
+    let offers: Vec<_> = created.actions.iter().map(|action| format!("{action:?}")).collect();
+    assert!(offers.iter().any(|a| a.contains("\"b\"")) && !offers.iter().any(|a| a.contains("\"a\"")), "{offers:?}");
 }

@@ -1,9 +1,11 @@
-//! After the start: drain the log, wait for the end, make it durable.
+//! After the start: drain the log, wait for the end, make it durable. And end what is to end with its lease.
 
 use crate::{
     clock, durable,
     failpoint::{self, Step},
-    identity, logs,
+    identity,
+    lease::Step as LeaseStep,
+    logs,
     record::{self, Directory, Exit, Record},
     start::Started,
     sys,
@@ -21,7 +23,7 @@ use nix::{
 use std::{
     fs::{self, File},
     io::{self, Read as _},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
 };
 
 /// How often orphans of the server that have ended are collected, in milliseconds.
@@ -34,10 +36,12 @@ const EXIT_PAUSE_MS: u16 = 500;
 const TREE_ATTEMPTS: u32 = 500;
 const TREE_PAUSE_MS: u16 = 10;
 const CGROUP_PAUSE_MS: u16 = 2;
+/// What stands in the log of a server that is asked to end.
+const LEASE_LOST: &[u8] = b"drover-shim: the lease was not renewed in time: SIGTERM (on_lease_lost = \"stop\")\n";
 
 /// Keeps a started process until it has ended and its end is on disk.
 pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
-    let Started { record, exec_error, output, mut logs, mut oom, lock } = started;
+    let Started { record, exec_error, output, mut logs, mut oom, mut lease, lock } = started;
     let pid = Pid::from_raw(record.process.pid);
     let process = sys::pidfd_open(record.process.pid)?;
     fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -54,6 +58,9 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
             if output_open {
                 watched.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
             }
+            if let Some(lease) = &lease {
+                watched.push(PollFd::new(lease.as_fd(), PollFlags::POLLIN));
+            }
             match poll(&mut watched, PollTimeout::from(SWEEP_MS)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -65,6 +72,16 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         }
         if ended {
             break;
+        }
+        if let Some(lease) = &mut lease {
+            match lease.look() {
+                LeaseStep::Wait => {}
+                LeaseStep::Terminate => {
+                    logs.write(LEASE_LOST);
+                    let _ = sys::pidfd_signal(process.as_fd(), Signal::SIGTERM);
+                }
+                LeaseStep::Kill => kill_tree(process.as_fd(), &record),
+            }
         }
         collect_orphans(pid);
     }
@@ -97,6 +114,7 @@ pub fn keep(directory: &Directory, started: Started) -> io::Result<()> {
         exec_error,
         ended_at_ms: clock::unix_ms(),
         log_lines_dropped: logs.dropped_lines(),
+        lease_lost: lease.is_some_and(|lease| lease.has_ended_it()),
     };
     let written = write_exit(directory, &exit);
     failpoint::at(Step::StopExitWritten);
@@ -129,6 +147,14 @@ fn collect_orphans(leader: Pid) {
             _ => return,
         }
     }
+}
+
+/// Ends the server, which is this process's child and not collected yet, so that the handle can name nothing else, and at
+/// the same moment what it has started. What is left of that is looked for when it has ended, as after every end.
+fn kill_tree(process: BorrowedFd<'_>, record: &Record) {
+    let cgroup = record.cgroup.as_ref().and_then(|cgroup| cgroup.open().ok().flatten());
+    let _ = cgroup.map(|cgroup| cgroup.kill());
+    let _ = sys::pidfd_signal(process, Signal::SIGKILL);
 }
 
 /// Ends all that the server has left in its cgroup.

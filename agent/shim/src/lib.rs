@@ -3,7 +3,7 @@
 //! A shim stands beside one llama-server: it records the process before that executes its first instruction, drains its
 //! log and makes its end durable, while agents come and go. Owns: the files of an instance's directory ([`record`]), the
 //! identity of a process ([`identity`]), the log files ([`logs`]). Must never: talk to a network, know what a deployment
-//! is, or decide that a server should end.
+//! is, or decide that a server should end: that it does when the lease is lost is what its spec says ([`lease`]).
 //!
 //! # What the death of a shim means
 //!
@@ -24,6 +24,7 @@ pub mod durable;
 pub mod failpoint;
 pub mod identity;
 pub mod keep;
+pub mod lease;
 pub mod logs;
 pub mod membership;
 pub mod mutant;

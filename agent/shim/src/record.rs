@@ -5,6 +5,7 @@
 //! | `spec` | [`Spec`] | the agent, before it starts a shim |
 //! | `record` | [`Record`] | the shim until the start is over; afterwards the agent, to raise the token |
 //! | `exit` | [`Exit`] | the shim, when the process has ended |
+//! | `lease` | [`crate::lease::Times`] | the agent, whenever the lease is renewed; only where its loss ends the server |
 //! | `lock` | – | held by the shim for as long as it lives |
 //! | `log/` | [`crate::logs`] | the shim |
 //!
@@ -16,6 +17,10 @@
 //! |---|---|
 //! | 1 | |
 //! | 2 | record: the cgroup, the executable's file; exit: whether the kernel has killed it for memory |
+//! | 3 | spec: that the loss of the lease ends it; exit: whether that was so |
+//!
+//! What a reader may not pass over raises the format of the files that have it, and of no others: a shim that would not end
+//! its server with the lease refuses to start it, and an agent that would not renew the lease leaves the run alone.
 //!
 //! A file of a higher format than the reader's own is not read, set aside or written over ([`Error::Newer`]): whatever it
 //! is about is left alone.
@@ -27,12 +32,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Format that this version writes, and the highest that it reads.
-pub const FORMAT: u32 = 2;
+/// The highest format that this version reads and writes: of what [`LEASED_FORMAT`] says, and of nothing else.
+pub const FORMAT: u32 = LEASED_FORMAT;
 
-/// Format of the specs that agents write: that of the version before, so that its shims take them. What the format adds is
-/// optional, and they pass over it.
-pub const SPEC_FORMAT: u32 = FORMAT - 1;
+/// Format of the files of a server that ends with its lease.
+pub const LEASED_FORMAT: u32 = 3;
+
+/// Format of the records and exits of all others.
+pub const RECORD_FORMAT: u32 = 2;
+
+/// Format of the specs that agents write for all others: that of an older version, so that its shims take them. What format
+/// 2 adds is optional, and they pass over it.
+pub const SPEC_FORMAT: u32 = 1;
 
 /// Paths of an instance's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +75,11 @@ impl Directory {
     pub fn exit(&self) -> PathBuf {
         self.0.join("exit")
     }
+    /// Until when it may live, where the loss of the lease ends it.
+    #[must_use]
+    pub fn lease(&self) -> PathBuf {
+        self.0.join("lease")
+    }
     /// Held by the shim.
     #[must_use]
     pub fn lock(&self) -> PathBuf {
@@ -94,7 +110,7 @@ impl fmt::Display for Token {
 /// What a shim is to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
-    /// [`SPEC_FORMAT`] of the writer.
+    /// [`SPEC_FORMAT`] of the writer, or [`LEASED_FORMAT`].
     pub format: u32,
     /// Id of the instance.
     pub instance: String,
@@ -121,6 +137,9 @@ pub struct Spec {
     /// Folder of cgroups below which the process gets one of its own; `None` where the host offers none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup_base: Option<PathBuf>,
+    /// Whether the shim ends it before its lease does, as the file `lease` says; else it lives on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ends_with_lease: bool,
 }
 
 /// How far a start has come.
@@ -136,7 +155,7 @@ pub enum Stage {
 /// What a shim has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// [`FORMAT`] of the writer.
+    /// [`RECORD_FORMAT`] of the writer, or [`LEASED_FORMAT`].
     pub format: u32,
     /// Id of the instance.
     pub instance: String,
@@ -162,7 +181,7 @@ pub struct Record {
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// [`FORMAT`] of the writer.
+    /// That of the record.
     pub format: u32,
     /// The process that ended; tells which run this is about.
     pub process: Process,
@@ -181,6 +200,9 @@ pub struct Exit {
     /// Whether the kernel has killed it because memory was short; `None` when that can't be told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oom_killed: Option<bool>,
+    /// Whether its shim has ended it because its lease was not renewed in time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lease_lost: bool,
 }
 
 pub use durable::{Error, write};

@@ -8,9 +8,10 @@ use crate::{
     cgroup, clock, durable,
     failpoint::{self, Step},
     identity::{self, FileId, Process, Verdict},
+    lease,
     logs::Logs,
     mutant, oom,
-    record::{self, Directory, Record, Spec, Stage, Token},
+    record::{self, Directory, LEASED_FORMAT, RECORD_FORMAT, Record, Spec, Stage, Token},
     sys,
 };
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -64,6 +65,9 @@ pub enum Refusal {
     /// The spec can't be used.
     #[error("spec: {0}")]
     Spec(String),
+    /// Its lease leaves no time to run.
+    #[error("the lease that it is to end with {0}")]
+    Lease(String),
     /// The operating system refused.
     #[error("{what}: {error}")]
     System {
@@ -87,6 +91,7 @@ impl Refusal {
             Self::Halted(_) => 15,
             Self::Spec(_) => 16,
             Self::System { .. } => 17,
+            Self::Lease(_) => 18,
         }
     }
 }
@@ -104,6 +109,8 @@ pub struct Started {
     pub logs: Logs,
     /// What was known before it began, to tell whether the kernel has killed it for memory.
     pub oom: oom::Watch,
+    /// Of one that ends with its lease.
+    pub lease: Option<lease::Watch>,
     /// Held for as long as the shim lives.
     pub lock: Flock<File>,
 }
@@ -123,7 +130,8 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
         return Err(Refusal::Spec(format!("its format is {}, this shim reads up to {format}", spec.format)));
     }
     yield_to_record(directory, &spec)?;
-    may_start(&spec)?;
+    let lease = lease(directory, &spec)?;
+    may_start(&spec, lease.as_ref())?;
     let executable = fs::canonicalize(&spec.program)
         .map_err(|e| Refusal::Spec(format!("program {}: {e}", spec.program.display())))?;
     clear(directory, &spec)?;
@@ -148,7 +156,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
     let oom = oom::watch(held.pid, cgroup.as_ref().map(|own| own.path.as_path()));
     let file = if format >= 2 { FileId::of(&executable).ok() } else { None };
     let mut record = Record {
-        format,
+        format: if spec.ends_with_lease { LEASED_FORMAT } else { format.min(RECORD_FORMAT) },
         instance: spec.instance.clone(),
         token: spec.token,
         stage: Stage::Held,
@@ -170,7 +178,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
     tell(&format!("held {}", held.pid));
 
     not_raised(directory, &spec)?;
-    may_start(&spec)?;
+    may_start(&spec, lease.as_ref())?;
     failpoint::at(Step::StartChecked);
     nix::unistd::write(held.release.as_fd(), b"r").map_err(system("release"))?;
     failpoint::at(Step::StartReleased);
@@ -185,7 +193,7 @@ pub fn start(directory: &Directory, tell: &mut dyn FnMut(&str)) -> Result<Starte
         tell(&format!("released {}", held.pid));
     }
     let logs = Logs::new(&directory.log(), spec.log_bytes_max, spec.log_files_max);
-    Ok(Started { record, exec_error, output, logs, oom, lock })
+    Ok(Started { record, exec_error, output, logs, oom, lease, lock })
 }
 
 /// Writes the record of a process that runs. An agent that has taken the process back may have raised the token since,
@@ -246,7 +254,20 @@ fn yield_to_record(directory: &Directory, spec: &Spec) -> Result<(), Refusal> {
     }
 }
 
-fn may_start(spec: &Spec) -> Result<(), Refusal> {
+/// What is to end with its lease is not started without the file that says when that is.
+fn lease(directory: &Directory, spec: &Spec) -> Result<Option<lease::Watch>, Refusal> {
+    if !spec.ends_with_lease {
+        return Ok(None);
+    }
+    let path = directory.lease();
+    let watch = lease::Watch::begin(&path);
+    watch.map(Some).map_err(|error| Refusal::Lease(format!("is not known ({}: {error})", path.display())))
+}
+
+fn may_start(spec: &Spec, lease: Option<&lease::Watch>) -> Result<(), Refusal> {
+    if lease.is_some_and(|lease| !lease.allows_start()) {
+        return Err(Refusal::Lease("is about to end".to_owned()));
+    }
     let boot = identity::boot_id().map_err(system("boot id"))?;
     if boot != spec.boot_id || clock::boottime_ns() >= spec.start_deadline_ns {
         return Err(Refusal::Late);

@@ -3,7 +3,7 @@
 
 use drover_shim::{
     clock, identity,
-    record::{self, Directory, Exit, FORMAT, Record, Spec, Token},
+    record::{self, Directory, Exit, Record, SPEC_FORMAT, Spec, Token},
 };
 use std::{
     fs,
@@ -31,7 +31,7 @@ impl Stage {
 
     pub fn spec(&self, program: impl Into<PathBuf>, arguments: &[&str]) -> Spec {
         Spec {
-            format: FORMAT,
+            format: SPEC_FORMAT,
             instance: "one".to_owned(),
             token: Token { generation: 1, revision: 10 },
             program: program.into(),
@@ -44,6 +44,7 @@ impl Stage {
             boot_id: identity::boot_id().unwrap(),
             halt_file: self.root.path().join("halt"),
             cgroup_base: None,
+            ends_with_lease: false,
         }
     }
 

@@ -7,6 +7,7 @@ use crate::{
         arguments::{self, Known},
         board::Board,
         context::{Context, Events},
+        leases::{self, Leases},
         machine::Local,
         registry::Registry,
         routes::Routes,
@@ -71,11 +72,13 @@ impl Agent {
             board: Board::default(),
             turns: Turns::new(settings.launches_at_once),
             session: Deadline::default(),
+            leases: Leases::default(),
             events,
             taken_bytes: AtomicI64::new(0),
             settings: settings.clone(),
             machine: Arc::new(Local),
         });
+        leases::keep(context.clone()).context("the thread of the leases")?;
         let registry = Arc::new(Registry::adopt(context.clone()).await.context("what earlier agents left")?);
         tokio::spawn(tell_of_proxies(context.clone(), proxy.clone()));
         let proxy_address = settings.proxy_advertise.clone().unwrap_or_else(|| proxy.address().to_string());

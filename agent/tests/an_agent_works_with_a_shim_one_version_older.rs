@@ -6,7 +6,7 @@ mod support;
 use drover_proto::v1::{InstanceState, StatusReport};
 use drover_shim::{
     durable, failpoint,
-    record::{self, Exit, FORMAT, Record, SPEC_FORMAT, Spec},
+    record::{self, Exit, FORMAT, RECORD_FORMAT, Record, SPEC_FORMAT, Spec},
 };
 use std::{fs, path::Path};
 use support::{Node, is_alive, wait_for};
@@ -68,7 +68,7 @@ async fn that_it_starts_itself() {
     let mut node = Node::idle("").await;
     node.start_agent().await;
     let first = node.run(ID).await;
-    assert_eq!((node.record(ID).format, node.spec(ID).format), (FORMAT, SPEC_FORMAT));
+    assert_eq!((node.record(ID).format, node.spec(ID).format), (RECORD_FORMAT, SPEC_FORMAT));
     node.kill_agent();
     // The agent's folder was upgraded, its shim was not yet.
     node.environment = vec![(failpoint::FORMAT_VARIABLE, SPEC_FORMAT.to_string())];

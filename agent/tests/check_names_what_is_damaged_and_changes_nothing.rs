@@ -2,7 +2,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
-use drover_shim::{durable, record::FORMAT};
+use drover_shim::{durable, record::RECORD_FORMAT};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -63,7 +63,7 @@ async fn a_healthy_node() {
     assert_eq!(instance["process"]["pid"].as_i64(), Some(ready.pid));
     assert_eq!(
         (instance["stage"].as_str(), instance["record"]["version"].as_u64()),
-        (Some("released"), Some(u64::from(FORMAT)))
+        (Some("released"), Some(u64::from(RECORD_FORMAT)))
     );
     assert_eq!(instance["shim"]["holder"].as_str(), Some("process"));
     assert_eq!(report["proxy"]["lock"]["holder"].as_str(), Some("process"));

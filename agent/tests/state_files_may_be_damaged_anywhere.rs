@@ -93,6 +93,7 @@ async fn a_thousand_ways() {
         ended_at_ms: 1,
         log_lines_dropped: 2,
         oom_killed: Some(false),
+        lease_lost: false,
     };
     durable::write(&copies.exit(), &exit).unwrap();
     let session = Stored {

@@ -69,6 +69,7 @@ fn look_at(view: &View, traces: &Traces, findings: &mut Vec<Finding>) -> Instanc
             code: exit.code,
             signal: exit.signal,
             oom_killed: exit.oom_killed,
+            lease_lost: exit.lease_lost,
             ended_at_ms: exit.ended_at_ms,
             log_lines_dropped: exit.log_lines_dropped,
         }),
@@ -77,6 +78,7 @@ fn look_at(view: &View, traces: &Traces, findings: &mut Vec<Finding>) -> Instanc
     };
     findings.extend(judge(&instance, view.llama_server.is_some()));
     findings.extend(named_otherwise(traces));
+    findings.extend(lease(traces, &instance));
     instance
 }
 
@@ -174,6 +176,21 @@ fn judge(instance: &Instance, findable: bool) -> Vec<Finding> {
         _ => {}
     }
     findings
+}
+
+/// The file by which the shim of a server that ends with its lease knows until when that is.
+fn lease(traces: &Traces, instance: &Instance) -> Option<Finding> {
+    let ends_with_lease = traces.spec.as_ref().is_ok_and(|spec| spec.ends_with_lease);
+    let lives = instance.process.state == ProcessState::Matching;
+    let error = drover_shim::lease::read(&traces.directory.lease()).err().filter(|_| ends_with_lease && lives)?;
+    let path = traces.directory.lease();
+    let finding =
+        Finding::new(Severity::Damaged, path.display(), format!("until when its lease lives is not known: {error}"));
+    Some(
+        finding
+            .next_start("it is written anew with the next renewal; without one the shim ends the server when the time is over that it knew last")
+            .way_out("start the agent, if none runs"),
+    )
 }
 
 /// Files that name another instance than their directory does, as in a copy made by hand.

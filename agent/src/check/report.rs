@@ -138,6 +138,8 @@ pub(super) struct End {
     pub(super) signal: Option<i32>,
     /// Whether the kernel has killed it because memory was short; null when that can't be told.
     pub(super) oom_killed: Option<bool>,
+    /// Whether its shim has ended it because its lease was not renewed in time.
+    pub(super) lease_lost: bool,
     pub(super) ended_at_ms: i64,
     pub(super) log_lines_dropped: u64,
 }

@@ -89,6 +89,7 @@ fn instance(instance: &Instance) -> Vec<String> {
         ProcessState::None => "none",
     };
     let end = match &instance.end {
+        Some(end) if end.lease_lost => "lease lost".to_owned(),
         Some(end) => match (end.code, end.signal) {
             (Some(code), _) => format!("code {code}"),
             (None, Some(_)) if end.oom_killed == Some(true) => {

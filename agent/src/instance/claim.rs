@@ -2,7 +2,7 @@
 //!
 //! File `claim` of an instance's directory; written by the agent alone.
 
-use drover_proto::v1::{DeploymentSpec, InstanceState, Token};
+use drover_proto::v1::{DeploymentSpec, InstanceState, OnLeaseLost, Token};
 use drover_shim::{durable, record};
 use prost::Message as _;
 use prost_types::Timestamp;
@@ -75,6 +75,12 @@ impl Claim {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.revision == 0
+    }
+
+    /// Whether its server ends with the lease that the claim hangs on.
+    #[must_use]
+    pub fn ends_with_lease(&self) -> bool {
+        self.spec.on_lease_lost() == OnLeaseLost::Stop
     }
 
     /// Reads the claim of an instance's directory.

@@ -1,7 +1,8 @@
 //! What every instance of this node shares.
 
 use super::{
-    arguments::Known, board::Board, machine::Machine, routes::Routes, session::Deadline, state::Policy, turns::Turns,
+    arguments::Known, board::Board, leases::Leases, machine::Machine, routes::Routes, session::Deadline, state::Policy,
+    turns::Turns,
 };
 use crate::config::Settings;
 use drover_proto::v1::{DeploymentSpec, NodeEvent, Severity};
@@ -38,6 +39,8 @@ pub struct Context {
     pub turns: Turns,
     /// Until when something may be started.
     pub session: Deadline,
+    /// What ends with the session's lease.
+    pub leases: Leases,
     /// Events on their way to the coordinator.
     pub events: Events,
     /// Memory that processes take which are none of this node's instances, in bytes.

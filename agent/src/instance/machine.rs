@@ -27,6 +27,7 @@ use async_trait::async_trait;
 use drover_proto::v1::Offer;
 use drover_shim::{
     durable,
+    lease::{self, Times},
     record::{Directory, Record},
 };
 use std::{
@@ -60,6 +61,14 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn raise(&self, claim: &Claim, directory: &Directory) -> Result<(), durable::Error>;
     /// Keeps what was learnt of a claim for the next agent.
     fn keep(&self, claim: &Claim, directory: &Directory) -> Result<(), durable::Error>;
+    /// Tells the shim of an instance until when its lease lives; see [`lease::write`].
+    fn keep_lease(&self, _directory: &Directory, _times: Times) -> io::Result<()> {
+        Ok(())
+    }
+    /// What the shim of an instance was told of its lease; `None` when that can't be read.
+    fn lease(&self, _directory: &Directory) -> Option<Times> {
+        None
+    }
     /// Removes what is left of an instance without a process; see [`adopt::remove`].
     fn remove(&self, directory: &Directory, socket: &Path) -> bool;
     /// Looks at what offers of one model need of this host: for each the memory to reserve, in bytes.
@@ -156,6 +165,14 @@ impl Machine for Local {
         let directory = directory.path();
         // After a crash of the host only that it can't be served is worth knowing.
         block_in_place(|| if claim.failed.is_some() { claim.write(directory) } else { claim.place(directory) })
+    }
+
+    fn keep_lease(&self, directory: &Directory, times: Times) -> io::Result<()> {
+        lease::write(&directory.lease(), times)
+    }
+
+    fn lease(&self, directory: &Directory) -> Option<Times> {
+        block_in_place(|| lease::read(&directory.lease()).ok())
     }
 
     fn remove(&self, directory: &Directory, socket: &Path) -> bool {

@@ -10,6 +10,7 @@ pub mod claim;
 pub mod context;
 pub mod handle;
 pub mod health;
+pub mod leases;
 pub mod machine;
 pub mod registry;
 pub mod routes;

@@ -20,8 +20,8 @@ use drover_shim::{
     durable,
     failpoint::{self, Step},
     identity::{self, Verdict},
-    logs,
-    record::{self, Directory, Exit, Record, SPEC_FORMAT, Spec},
+    lease, logs,
+    record::{self, Directory, Exit, LEASED_FORMAT, Record, SPEC_FORMAT, Spec},
 };
 use std::{
     io::{Read as _, Seek as _, SeekFrom},
@@ -46,6 +46,8 @@ const EXIT_POLL: Duration = Duration::from_millis(10);
 /// Size of a log file, and their number.
 const LOG_BYTES_MAX: u64 = 10 << 20;
 const LOG_FILES_MAX: u32 = 3;
+/// Said of a shim that can't read the spec of a server that ends with its lease.
+const TOO_OLD: &str = " (on_lease_lost = \"stop\" needs a drover-shim of this agent's version: upgrade it)";
 /// Free space below which nothing is started, in bytes.
 pub const DISK_BYTES_MIN: u64 = 100 << 20;
 
@@ -97,8 +99,14 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     let gpus: Vec<String> = settings.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
     let place = Place { model: &model.path, socket: &socket, gpus: &gpus };
     let arguments = arguments::build(&claim.spec, place, &context.known).map_err(Failed::for_good)?;
+    let ends_with_lease = claim.ends_with_lease();
+    if ends_with_lease {
+        let times = context.leases.of(&claim.instance, &context.session).ok_or_else(no_session)?;
+        tokio::task::block_in_place(|| lease::write(&directory.lease(), times))
+            .map_err(|e| Failed::again(format!("{}: {e}", directory.lease().display())))?;
+    }
     let spec = Spec {
-        format: SPEC_FORMAT,
+        format: if ends_with_lease { LEASED_FORMAT } else { SPEC_FORMAT },
         instance: claim.instance.clone(),
         token: stored_token(claim.token),
         program: settings.llama_server.clone(),
@@ -111,6 +119,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
         boot_id: context.boot_id.clone(),
         halt_file: settings.halt_file(),
         cgroup_base: context.cgroup_base.clone(),
+        ends_with_lease,
     };
     tokio::task::block_in_place(|| durable::place(&directory.spec(), &spec))
         .map_err(|e| Failed::again(e.to_string()))?;
@@ -121,7 +130,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     }
     let mut shim = start_shim(&settings.shim, directory)?;
     failpoint::at(Step::StartShimForked);
-    let said = timeout(LAUNCH_DEADLINE, hear(&mut shim)).await;
+    let said = timeout(LAUNCH_DEADLINE, hear(&mut shim, ends_with_lease)).await;
     let outcome = match said {
         Ok(said) => said,
         Err(_) => {
@@ -215,7 +224,7 @@ fn start_shim(shim: &Path, directory: &Directory) -> Result<Child, Failed> {
 }
 
 /// Listens to a shim until its process is released, or will not be.
-async fn hear(shim: &mut Child) -> Result<(), Failed> {
+async fn hear(shim: &mut Child, ends_with_lease: bool) -> Result<(), Failed> {
     let Some(output) = shim.stdout.take() else { return Err(Failed::again("the shim has no output")) };
     let mut lines = BufReader::<ChildStdout>::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {
@@ -227,7 +236,8 @@ async fn hear(shim: &mut Child) -> Result<(), Failed> {
                 let (code, why) = rest.split_once(' ').unwrap_or((rest, ""));
                 // A lower token: somebody else was given this instance meanwhile.
                 let retry = code != "11";
-                return Err(Failed { retry, ..Failed::again(format!("the start was refused: {why}")) });
+                let way_out = if ends_with_lease && code == "16" { TOO_OLD } else { "" };
+                return Err(Failed { retry, ..Failed::again(format!("the start was refused: {why}{way_out}")) });
             }
             "note" => tracing::warn!("shim: {rest}"),
             _ => {}
@@ -266,8 +276,8 @@ pub async fn ended(directory: &Directory, record: Option<&Record>) -> Ended {
         None => Ended { last_lines, ..Ended::default() },
         Some(exit) => {
             let cause = cause::of(exit.code, &log);
-            let Exit { code, signal, exec_error, oom_killed, .. } = exit;
-            Ended { code, signal, exec_error, oom_killed, last_lines, cause }
+            let Exit { code, signal, exec_error, oom_killed, lease_lost, .. } = exit;
+            Ended { code, signal, exec_error, oom_killed, lease_lost, last_lines, cause }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{clock, mutant};
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -13,27 +13,46 @@ struct Granted {
     session: String,
     /// Until when it lives, in nanoseconds on CLOCK_BOOTTIME; 0 while there was none.
     until_ns: u64,
+    /// The time to live that it was granted last.
+    ttl: Duration,
     /// Whether the claims that it has are known here: those of the session before are gone.
     settled: bool,
+    /// Rises with every change that others wait for.
+    number: u64,
+}
+
+/// What a node knows of the life of its session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// The session's id; empty while there was none.
+    pub session: String,
+    /// Until when it lives, in nanoseconds on CLOCK_BOOTTIME; 0 while there was none.
+    pub until_ns: u64,
+    /// The time to live that it was granted last.
+    pub ttl: Duration,
 }
 
 /// The session's deadline. A session gives no life to what was claimed under another.
 #[derive(Debug, Default)]
-pub struct Deadline(Mutex<Granted>);
+pub struct Deadline {
+    granted: Mutex<Granted>,
+    changed: Condvar,
+}
 
 impl Deadline {
     fn lock(&self) -> MutexGuard<'_, Granted> {
         // Nothing panics while it holds the lock; should it ever, the value is still whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A session was opened or resumed: it lives for `ttl` from when it was asked for.
     pub fn welcome(&self, session: &str, sent_ns: u64, ttl: Duration) {
         let mut granted = self.lock();
         if granted.session != session {
-            *granted = Granted { session: session.to_owned(), ..Granted::default() };
+            *granted = Granted { session: session.to_owned(), number: granted.number, ..Granted::default() };
         }
         granted.extend(sent_ns, ttl);
+        self.changed.notify_all();
     }
 
     /// A renewal was granted: the session lives for `ttl` from when the heartbeat was sent. Never shortens; void for a
@@ -42,7 +61,30 @@ impl Deadline {
         let mut granted = self.lock();
         if granted.session == session {
             granted.extend(sent_ns, ttl);
+            self.changed.notify_all();
         }
+    }
+
+    /// Lets whoever waits for a change look again.
+    pub fn announce(&self) {
+        self.lock().number += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until something has changed since number `seen`, but no longer than this; blocks its thread.
+    #[must_use]
+    pub fn changed(&self, seen: &mut u64, longest: Duration) -> Grant {
+        let unchanged = |granted: &mut Granted| granted.number == *seen;
+        let waited = self.changed.wait_timeout_while(self.lock(), longest, unchanged);
+        let (granted, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *seen = granted.number;
+        granted.grant()
+    }
+
+    /// What is known of the session's life.
+    #[must_use]
+    pub fn grant(&self) -> Grant {
+        self.lock().grant()
     }
 
     /// The set of claims of a session was applied.
@@ -90,6 +132,12 @@ impl Granted {
     fn extend(&mut self, sent_ns: u64, ttl: Duration) {
         let until_ns = sent_ns.saturating_add(u64::try_from(ttl.as_nanos()).unwrap_or(u64::MAX));
         self.until_ns = self.until_ns.max(until_ns);
+        self.ttl = ttl;
+        self.number += 1;
+    }
+
+    fn grant(&self) -> Grant {
+        Grant { session: self.session.clone(), until_ns: self.until_ns, ttl: self.ttl }
     }
 }
 

@@ -17,7 +17,8 @@
 //! What is wanted ([`State::wanted`]), whether this node owns it ([`State::owned`]) and what is ([`State::phase`],
 //! [`State::process`]) are separate. What no claim of this node covers is never launched: it stays as it is until it is
 //! claimed again, or given up. A stop wins over a start in flight: once an instance is unwanted nothing is launched, and what a launch under way brings is ended.
-//! A server that is wanted and ready is never ended from here.
+//! A server that is wanted and ready is never ended from here, but for one that its deployment lets end with its lease
+//! ([`Event::Lease`]), and that its shim should have ended by then.
 //!
 //! Which end of a loading server is its own word that model or arguments are bad, and which may pass, is the table of
 //! [`cause`].
@@ -109,6 +110,8 @@ pub struct Ended {
     pub exec_error: Option<String>,
     /// Whether the kernel has killed it because memory was short, when that is known.
     pub oom_killed: Option<bool>,
+    /// Whether it was ended because its lease was not renewed in time, as its deployment asks for.
+    pub lease_lost: bool,
     /// The last lines of its log that say something.
     pub last_lines: String,
     /// What its log says of the next start, had it not served yet.
@@ -128,6 +131,9 @@ impl std::fmt::Display for Ended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.exec_error, self.code, self.signal) {
             (Some(error), ..) => write!(f, "could not be executed: {error}")?,
+            _ if self.lease_lost => {
+                write!(f, "was ended because its lease was not renewed in time (on_lease_lost = \"stop\")")?;
+            }
             (None, Some(code), _) => write!(f, "exited with code {code}")?,
             (None, None, Some(_)) if self.oom_killed == Some(true) => {
                 write!(f, "was killed by the kernel because memory was short (OOM)")?;
@@ -150,6 +156,17 @@ pub enum Health {
     Other(String),
     /// Anything else; says what.
     Failing(String),
+}
+
+/// How the lease stands with which a server is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    /// It was renewed.
+    Renewed,
+    /// It was not renewed for so long that requests had better go elsewhere. It still may be.
+    Lapses,
+    /// The server should have ended by now: its shim is dead, or the server ignores it.
+    Over,
 }
 
 /// What happens to an instance.
@@ -182,6 +199,8 @@ pub enum Event {
     Progress,
     /// No request is in flight any more, or the drain has taken too long.
     Drained,
+    /// How the lease stands with which it is to end.
+    Lease(Lease),
     /// The process has ended.
     Ended(Ended),
     /// Time has passed.
@@ -222,6 +241,8 @@ pub struct State {
     pub deadline_ms: Option<u64>,
     /// How often it was started again.
     pub restarts: i32,
+    /// Whether it gets no requests for now because its lease was not renewed.
+    pub lapses: bool,
     /// What is wrong or waited for; empty when all is well.
     pub message: String,
     /// How the last process ended.
@@ -249,6 +270,7 @@ impl State {
             process: Process::None,
             deadline_ms: None,
             restarts: 0,
+            lapses: false,
             message: String::new(),
             last_end: None,
             quick_ends: 0,
@@ -274,14 +296,16 @@ impl State {
     #[must_use]
     pub fn ended(ended: Ended, restarts: i32, now_ms: u64) -> Self {
         let message = ended.to_string();
+        // That its lease was lost says nothing about the server.
+        let (quick_ends, attempts) = if ended.lease_lost { (0, 1) } else { (1, 2) };
         Self {
             phase: Phase::Backoff,
             deadline_ms: Some(now_ms),
             restarts,
             message,
             last_end: Some(ended),
-            quick_ends: 1,
-            attempts: 2,
+            quick_ends,
+            attempts,
             ..Self::claimed()
         }
     }

@@ -6,7 +6,7 @@ use drover_proto::v1::DeploymentSpec;
 use drover_shim::{
     durable,
     identity::{self, Process},
-    record::{self, Directory, Exit, FORMAT, Record, Spec, Stage, Token},
+    record::{self, Directory, Exit, LEASED_FORMAT, RECORD_FORMAT, Record, Spec, Stage, Token},
 };
 use std::{
     fs,
@@ -73,8 +73,9 @@ impl Traces {
         let claimed = self.claim.as_ref().ok().map(|claim| claim::stored_token(claim.token));
         let token = self.spec.as_ref().ok().map(|spec| spec.token).max(claimed);
         let (process, arguments) = serves(socket, llama_server)?;
+        let ends_with_lease = self.spec.as_ref().is_ok_and(|spec| spec.ends_with_lease);
         Some(Record {
-            format: FORMAT,
+            format: if ends_with_lease { LEASED_FORMAT } else { RECORD_FORMAT },
             instance: self.instance.clone(),
             token: token.unwrap_or(Token { generation: 0, revision: 0 }),
             stage: Stage::Released,

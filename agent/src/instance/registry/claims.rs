@@ -39,7 +39,7 @@ impl Registry {
                 (owned.wanted, owned.traceparent.clone())
             }
         };
-        self.own(&mut inner, claim, wanted, &traceparent, Some(span)).await;
+        self.own(&mut inner, session, claim, wanted, &traceparent, Some(span)).await;
     }
 
     /// Applies a set of claims of a session; of one session, an older set after a newer one is void. Returns the runs
@@ -71,7 +71,7 @@ impl Registry {
         for owned in &set.claims {
             // Where a claim is under way its own answer comes first.
             if !inner.claiming.contains_key(&owned.instance) {
-                self.own(inner, claim_of(owned), owned.wanted, &owned.traceparent, None).await;
+                self.own(inner, &latest.session, claim_of(owned), owned.wanted, &owned.traceparent, None).await;
             }
         }
         let mut unowned = Vec::new();
@@ -96,9 +96,18 @@ impl Registry {
         unowned
     }
 
-    /// Makes what is here fit a claim that this node holds.
-    async fn own(&self, inner: &mut Inner, claim: Claim, wanted: bool, traceparent: &str, span: Option<Span>) {
+    /// Makes what is here fit a claim that this node holds under a session.
+    async fn own(
+        &self,
+        inner: &mut Inner,
+        session: &str,
+        claim: Claim,
+        wanted: bool,
+        traceparent: &str,
+        span: Option<Span>,
+    ) {
         let (instance, token) = (claim.instance.clone(), claim.token);
+        self.context.leases.cover(&self.context, session, &claim, self.directory(&instance));
         let known = inner.instances.take(&instance);
         let kind = match known {
             // An answer that was overtaken: a higher token is known here already.
@@ -273,6 +282,7 @@ impl Registry {
 
     /// Removes the files of an instance without a process; false while a shim is at work there.
     fn remove(&self, instance: &str) -> bool {
+        self.context.leases.forget(instance);
         self.context.machine.remove(&self.directory(instance), &self.context.settings.socket_of(instance))
     }
 }

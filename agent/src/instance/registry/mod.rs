@@ -19,7 +19,7 @@ use super::{
     supervisor::{self, Begin},
 };
 use crate::mutant;
-use drover_proto::v1::{ClaimSet, Token};
+use drover_proto::v1::{ClaimSet, Severity, Token};
 use drover_shim::{
     failpoint::{self, Step},
     record::Directory,
@@ -156,7 +156,13 @@ impl Registry {
                     failpoint::at(Step::AdoptAdopted);
                     Kind::Supervised(handle)
                 }
-                Left::Ended(ended) => Kind::Dormant(Box::new(claim), ended),
+                Left::Ended(ended) => {
+                    if let Some(ended) = ended.as_ref().filter(|ended| ended.lease_lost) {
+                        let message = format!("token {token}, while no agent ran: llama-server {ended}");
+                        context.events.tell(&instance, "LeaseLost", Severity::Warning, message);
+                    }
+                    Kind::Dormant(Box::new(claim), ended)
+                }
                 Left::Unknown(unsure) => {
                     unsure::tell(&context, &instance, &unsure);
                     if unsure.answers {

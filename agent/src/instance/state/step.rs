@@ -1,6 +1,6 @@
 //! PURE: one step of the state machine, event by event. The table is in the parent module.
 
-use super::{Action, Ended, Event, Health, Phase, Policy, Process, State};
+use super::{Action, Ended, Event, Health, Lease, Phase, Policy, Process, State};
 use crate::mutant;
 
 /// Between a SIGKILL and the next, should the first not have helped (a process in state D ends when it leaves it).
@@ -83,6 +83,7 @@ impl Step<'_> {
                     self.terminate();
                 }
             }
+            Event::Lease(lease) => self.lease(lease),
             Event::Ended(ended) => self.ended(ended),
             Event::Tick => {
                 if self.state.deadline_ms.is_some_and(|due| due <= self.now_ms) {
@@ -248,6 +249,17 @@ impl Step<'_> {
         }
     }
 
+    /// The route says so too ([`State::lapses`]); requests in flight have until the shim asks the server to end.
+    fn lease(&mut self, lease: Lease) {
+        let lapses = lease != Lease::Renewed;
+        if std::mem::replace(&mut self.state.lapses, lapses) != lapses && self.state.phase == Phase::Ready {
+            self.actions.push(if lapses { Action::Close } else { Action::Open });
+        }
+        if lease == Lease::Over && self.state.process == Process::Alive {
+            self.actions.push(Action::Kill);
+        }
+    }
+
     fn due(&mut self) {
         match self.state.phase {
             Phase::Backoff => self.queue(),
@@ -275,6 +287,8 @@ impl Step<'_> {
         let phase = self.state.phase;
         let reason = ended.to_string();
         let gave_up = ended.gave_up();
+        let lease_lost = ended.lease_lost;
+        self.state.lapses = false;
         self.state.last_end = Some(ended);
         let served_ms = self.state.ready_since_ms.take().map_or(0, |since| self.now_ms.saturating_sub(since));
         if !self.state.wanted {
@@ -282,6 +296,13 @@ impl Step<'_> {
             return;
         }
         match phase {
+            // It says nothing about the server.
+            _ if lease_lost => {
+                let pause = self.policy.backoff_first_ms;
+                self.enter(Phase::Backoff, Some(pause));
+                self.state.message = format!("llama-server {reason}; it is started again under a claim that stands");
+                return;
+            }
             // Ended by us, for lack of progress (which was counted then), or wanted again meanwhile.
             Phase::Draining | Phase::Stopping => {}
             Phase::Loading if gave_up => {

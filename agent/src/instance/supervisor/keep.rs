@@ -99,6 +99,7 @@ impl Supervisor {
     /// Removes everything of the instance; false, and nothing is removed, while a shim does not let go of it.
     pub(super) async fn discard(&mut self) -> bool {
         failpoint::at(Step::StopReported);
+        self.context.leases.forget(&self.claim.instance);
         let removed = async {
             // One that has made the end durable lets go in a moment.
             while !self.context.machine.remove(&self.directory, &self.socket) {

@@ -188,6 +188,11 @@ impl Supervisor {
                         let (events, instance) = (&self.context.events, &self.claim.instance);
                         events.tell(instance, "OomKilled", Severity::Error, format!("llama-server {ended}"));
                     }
+                    if ended.lease_lost {
+                        let (events, instance, token) = (&self.context.events, &self.claim.instance, self.claim.token);
+                        let message = format!("pid {}, token {token}: llama-server {ended}", self.pid());
+                        events.tell(instance, "LeaseLost", Severity::Warning, message);
+                    }
                     failpoint::at(Step::StopSettled);
                     self.ended_pid = self.pid();
                     self.run = None;

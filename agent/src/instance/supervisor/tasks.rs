@@ -2,11 +2,12 @@
 
 use super::{
     super::{
-        state::{Event, Health, Phase},
+        state::{Event, Health, Lease, Phase},
         traces,
     },
     Message, Supervisor,
 };
+use crate::clock;
 use drover_proto::world;
 use drover_shim::failpoint::{self, Step};
 use std::time::Duration;
@@ -24,6 +25,10 @@ const PROBE_LOADING_MIN: Duration = Duration::from_millis(5);
 /// How often a loading process is asked whether it has done anything: used the processor, or read. One that waits for a
 /// GPU does neither, so `load_timeout_ms` must outlast such a wait.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often the lease is looked at that a server ends with: while it lapses, and at least.
+const LEASE_PAUSE: Duration = Duration::from_millis(100);
+const LEASE_LOOK: Duration = Duration::from_secs(1);
 
 impl Supervisor {
     pub(super) fn queue(&mut self) {
@@ -82,6 +87,9 @@ impl Supervisor {
                 sleep(if loads { share } else { PROBE_SERVING }).await;
             }
         }));
+        if self.claim.ends_with_lease() {
+            self.watch_lease();
+        }
         let (messages, mut loading) = (self.messages.clone(), self.loading.subscribe());
         self.tasks.spawn(world::task(async move {
             let mut done = living.work();
@@ -94,6 +102,38 @@ impl Supervisor {
                     return;
                 }
                 done = now;
+            }
+        }));
+    }
+
+    /// Takes requests away from a server whose lease is not renewed, while that may still end well, and ends one that its
+    /// shim has not ended in time. What the shim goes by is gone by here too.
+    fn watch_lease(&mut self) {
+        let (messages, number, directory) = (self.messages.clone(), self.number, self.directory.clone());
+        let machine = self.context.machine.clone();
+        self.tasks.spawn(world::task(async move {
+            let mut told = Lease::Renewed;
+            loop {
+                // What can't be read was told last.
+                let Some(times) = machine.lease(&directory) else {
+                    sleep(LEASE_PAUSE).await;
+                    continue;
+                };
+                let now_ns = clock::boottime_ns();
+                let lease = match now_ns {
+                    now if now >= times.kill_ns => Lease::Over,
+                    now if now >= times.drain_ns => Lease::Lapses,
+                    _ => Lease::Renewed,
+                };
+                // Killed again for as long as it lives.
+                if (lease != told || lease == Lease::Over)
+                    && messages.send((number, Message::Event(Event::Lease(lease)))).await.is_err()
+                {
+                    return;
+                }
+                told = lease;
+                let left = Duration::from_nanos(times.drain_ns.saturating_sub(now_ns));
+                sleep(left.clamp(LEASE_PAUSE, LEASE_LOOK)).await;
             }
         }));
     }

@@ -61,8 +61,8 @@ impl Supervisor {
 
     pub(super) fn route(&self) -> Route {
         let state = match self.state.phase {
-            Phase::Ready => RouteState::Open,
-            Phase::Suspect | Phase::Draining => RouteState::Draining,
+            Phase::Ready if !self.state.lapses => RouteState::Open,
+            Phase::Ready | Phase::Suspect | Phase::Draining => RouteState::Draining,
             _ => RouteState::Closed,
         };
         Route {

@@ -118,6 +118,9 @@ impl Checker {
             for ((_, _), made) in self.made.iter_mut().filter(|((of, _), made)| *of == id && made.gone.is_none()) {
                 made.gone = Some((at_ms, by_lease));
             }
+            if by_lease {
+                self.outlived(at_ms, transaction.revision, &id);
+            }
         }
         self.note_ends(transaction);
     }

@@ -1,7 +1,7 @@
 //! What hosts do: known in a simulation.
 
 use super::{Checker, Rule};
-use drover_proto::v1::Token;
+use drover_proto::v1::{OnLeaseLost, Token};
 use std::collections::BTreeMap;
 
 /// A process of a host.
@@ -38,6 +38,13 @@ pub enum HostEvent {
     },
     /// A process was signalled, by the agent.
     Signalled {
+        /// Its id.
+        pid: i32,
+        /// Whether it was ready.
+        ready: bool,
+    },
+    /// A process was signalled, by its shim, because its lease was not renewed in time.
+    LeaseLost {
         /// Its id.
         pid: i32,
         /// Whether it was ready.
@@ -83,12 +90,49 @@ impl Checker {
                     }
                 }
             }
+            HostEvent::LeaseLost { pid, ready } => {
+                if let Some(process) = self.hosts.alive.get(&(host.to_owned(), *pid)).filter(|_| *ready) {
+                    let key = (process.instance.clone(), process.token);
+                    let keeps = !self.ends_with_lease(&process.instance);
+                    if keeps && self.made.get(&key).is_some_and(|made| !made.may_end) {
+                        let message = format!(
+                            "{} under {}: it was wanted and ready, and its deployment does not let it end with the lease",
+                            process.instance, process.token
+                        );
+                        broken.push((Rule::SignalledWhileWanted, message));
+                    }
+                }
+            }
             HostEvent::Ended { pid } => {
                 self.hosts.alive.remove(&(host.to_owned(), *pid));
             }
         }
         for (rule, message) in broken {
             self.violation(rule, self.state.revision, at_ms, format!("host {host}"), message);
+        }
+    }
+
+    /// Whether the deployment of an instance says so, as it stands.
+    fn ends_with_lease(&self, instance: &str) -> bool {
+        let instance = self.state.instances.get(instance);
+        let spec = instance.and_then(|instance| self.state.spec_of(&instance.value));
+        spec.is_some_and(|spec| spec.on_lease_lost() == OnLeaseLost::Stop)
+    }
+
+    /// A claim went with its lease: what was to end before that lives no more.
+    pub(super) fn outlived(&mut self, at_ms: i64, revision: i64, instance: &str) {
+        if !self.ends_with_lease(instance) {
+            return;
+        }
+        let mut broken = Vec::new();
+        for ((host, pid), process) in self.hosts.alive.iter().filter(|(_, process)| process.instance == instance) {
+            let made = self.made.get(&(instance.to_owned(), process.token));
+            if made.is_some_and(|made| made.gone == Some((at_ms, true))) {
+                broken.push((host.clone(), format!("pid {pid} of {instance} lives under {}", process.token)));
+            }
+        }
+        for (host, message) in broken {
+            self.violation(Rule::OutlivedLease, revision, at_ms, format!("host {host}"), message);
         }
     }
 

@@ -61,8 +61,11 @@ pub enum Rule {
     SecondProcess,
     /// Live servers of a host fit into its memory.
     HostOversold,
-    /// A ready server is signalled only when, since its token, it was unwanted or a higher claim of it was ready.
+    /// A ready server is signalled only when, since its token, it was unwanted or a higher claim of it was ready, or when
+    /// its lease was not renewed and its deployment says `on_lease_lost = "stop"`.
     SignalledWhileWanted,
+    /// Where it says so, no process lives when its claim goes with the lease.
+    OutlivedLease,
     /// A task of a program has panicked.
     Panicked,
     /// When all faults have ended the fleet comes to what was asked of it.

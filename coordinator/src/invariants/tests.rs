@@ -4,7 +4,7 @@ use super::*;
 use crate::store::{Backend, Op, Txn, keys, memory::Memory, records::put};
 use drover_proto::{
     store::v1 as record,
-    v1::{Capacity, ClaimSet, EndRun, InstanceState},
+    v1::{Capacity, ClaimSet, DeploymentSpec, EndRun, InstanceState, OnLeaseLost},
 };
 use std::time::Duration;
 
@@ -328,6 +328,28 @@ async fn what_is_told_is_held_against_the_history() {
     world.checker.deadline(NOW, "a", 5, 5);
     world.checker.deadline(NOW, "a", 6, 5);
     assert_eq!(world.rules()[8..], [Rule::RenewedWithoutHeartbeat, Rule::DeadlineBeyondLease]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_ends_with_its_lease_where_its_deployment_says_so_and_only_there() {
+    for policy in [OnLeaseLost::Unspecified, OnLeaseLost::Keep, OnLeaseLost::Stop] {
+        let mut world = World::new().await;
+        let spec = DeploymentSpec { on_lease_lost: policy.into(), ..DeploymentSpec::default() };
+        let revision = record::Revision { spec: Some(spec), created_at: None };
+        world.write(vec![put(keys::revision("m", 1), &revision, 0)]).await;
+        let token = world.owned().await;
+        let process = Process { instance: "m-1".to_owned(), token, memory_bytes: 5 };
+        let events = [
+            HostEvent::Started { pid: 1, process, on_disk: token, capacity: 10 },
+            HostEvent::LeaseLost { pid: 1, ready: false },
+            HostEvent::LeaseLost { pid: 1, ready: true },
+        ];
+        events.iter().for_each(|event| world.checker.host(NOW, "a", "a", event));
+        // It was told to end, and lives all the same.
+        world.leaves("a").await;
+        let broken = if policy == OnLeaseLost::Stop { [Rule::OutlivedLease] } else { [Rule::SignalledWhileWanted] };
+        assert_eq!(world.rules(), broken, "{policy:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

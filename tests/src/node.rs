@@ -8,8 +8,8 @@ use drover_proto::{
     transport::Connection,
     v1::{
         Capacity, ClaimItem, ClaimManyRequest, ClaimManyResponse, ClaimRequest, Heartbeat, Hello, InstanceState,
-        ModelFile, ModelInventory, RunSet, SessionRequest, StatusReport, Token,
-        node_service_client::NodeServiceClient, session_request, session_response::Message,
+        ModelFile, ModelInventory, RunSet, SessionRequest, StatusReport, Token, node_service_client::NodeServiceClient,
+        session_request, session_response::Message,
     },
 };
 use std::time::Duration;

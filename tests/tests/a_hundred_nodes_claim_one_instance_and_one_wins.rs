@@ -39,8 +39,7 @@ async fn race(nodes: usize, rounds: usize, environment: Vec<(String, String)>) -
         // Everybody holds the offer before anybody claims.
         let offers = try_join_all(members.iter_mut().map(|m| m.offer(&name))).await?;
         let claims = members.iter_mut().zip(&offers).enumerate();
-        let won =
-            join_all(claims.map(|(n, (m, offer))| m.claim(offer, n % 4 >= 2, (n / 4) % 2 == 1))).await;
+        let won = join_all(claims.map(|(n, (m, offer))| m.claim(offer, n % 4 >= 2, (n / 4) % 2 == 1))).await;
         winners.push(won.into_iter().collect::<anyhow::Result<Vec<bool>>>()?.into_iter().filter(|w| *w).count());
     }
     // The judge reads on its own: wait until it has seen every round.

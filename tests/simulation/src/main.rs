@@ -4,7 +4,9 @@
 //! A seed and a commit reproduce a run: all time and all chance come from the seed. See `tests/run simulation --help`.
 
 #[cfg(not(debug_assertions))]
-compile_error!("the simulation stands in for time and chance through debug assertions: build it by tests/run simulation");
+compile_error!(
+    "the simulation stands in for time and chance through debug assertions: build it by tests/run simulation"
+);
 
 mod agent;
 mod chance;

@@ -8,9 +8,7 @@
 use anyhow::{Context as _, ensure};
 use drover_proto::{
     limits,
-    v1::{
-        ApplyDeploymentRequest, ClaimItem, DeleteDeploymentRequest, DeploymentSpec, ListInstancesRequest, Token,
-    },
+    v1::{ApplyDeploymentRequest, ClaimItem, DeleteDeploymentRequest, DeploymentSpec, ListInstancesRequest, Token},
 };
 use drover_tests::{
     cluster::{Cluster, Plan, SOON},
@@ -179,7 +177,8 @@ async fn through_drover(
         if n < callers.count {
             offers.sort();
             let mine = offers.get(n * share..(n + 1) * share).context("too few offers")?;
-            shares.push(mine.chunks(callers.batch).map(|some| some.iter().map(|one| node.item(one)).collect()).collect());
+            shares
+                .push(mine.chunks(callers.batch).map(|some| some.iter().map(|one| node.item(one)).collect()).collect());
         }
     }
     // What the offers have set off is over when the store stands still.
@@ -284,7 +283,8 @@ impl Etcd {
         shape: &Shape,
     ) -> anyhow::Result<(Duration, Vec<Vec<Duration>>)> {
         let prefix = format!("/bare/{name}/");
-        let mut all = try_join_all((0..callers.count).map(|n| Caller::prepare(self, &prefix, n, callers, shape))).await?;
+        let mut all =
+            try_join_all((0..callers.count).map(|n| Caller::prepare(self, &prefix, n, callers, shape))).await?;
         let begun = Instant::now();
         let latencies = join_all(all.iter_mut().map(|caller| caller.work(callers, shape))).await;
         let took = begun.elapsed();
@@ -318,9 +318,8 @@ impl Caller {
         let mut instances = Vec::new();
         for call in 0..callers.calls() {
             // One transaction for the instances of a call, so that they share a revision.
-            let puts = (0..callers.batch).map(|k| {
-                TxnOp::put(format!("{prefix}instance/{call}-{k}"), shape.instance.clone(), None)
-            });
+            let puts = (0..callers.batch)
+                .map(|k| TxnOp::put(format!("{prefix}instance/{call}-{k}"), shape.instance.clone(), None));
             client.txn(Txn::new().and_then(puts.collect::<Vec<_>>())).await?;
             instances.push(call);
         }

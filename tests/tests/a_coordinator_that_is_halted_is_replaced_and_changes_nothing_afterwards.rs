@@ -35,8 +35,12 @@ async fn a_coordinator_that_is_halted_is_replaced_and_changes_nothing_afterwards
     // The work of a leader, with claims of both nodes.
     fleet.cluster.deploy(fleet.cluster.spec("later", 2)).await?;
     for node in ["a", "b"] {
-        let record = fleet.cluster.etcd.ctl(&["get", &format!("/drover/sessions/{node}"), "--print-value-only"])?;
-        ensure!(record.contains(&format!("coordinator-{other}")), "{node}: {record:?}");
+        eventually("its session is at the other one", SOON, async || {
+            let record = fleet.cluster.etcd.ctl(&["get", &format!("/drover/sessions/{node}"), "--print-value-only"])?;
+            ensure!(record.contains(&format!("coordinator-{other}")), "{node}: {record:?}");
+            Ok(())
+        })
+        .await?;
         let events = fleet.cluster.events(&format!("node/{node}")).await?;
         let joined = events.iter().filter(|event| event.reason == "Joined").count();
         ensure!(joined == 1, "{node} has lost its session: {events:#?}");

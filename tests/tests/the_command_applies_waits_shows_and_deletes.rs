@@ -160,9 +160,9 @@ fn says_why_not(operator: &Operator<'_>) -> anyhow::Result<()> {
     assert!(last.contains("far was not ready within 2 s") && last.contains("zone=moon"), "{err}");
 
     let file = operator.file("vast", "name = 'vast'\nmodel_path = 'tiny.gguf'\nmemory_bytes = 1099511627776\n")?;
-    let (code, _, err) = operator.run(&["apply", "-f", &file, "--wait", "--timeout", "1"])?;
+    let (code, _, err) = operator.run(&["apply", "-f", &file, "--wait", "--timeout", "4"])?;
     let last = err.lines().last().unwrap_or_default();
-    assert!(code == 4 && last.contains("vast was not ready within 1 s") && last.contains("needed"), "{code}: {err}");
+    assert!(code == 4 && last.contains("vast was not ready within 4 s") && last.contains("needed"), "{code}: {err}");
 
     // Declined by every node: the words are too short to be a model at all.
     fs::write(operator.cluster.folder().join("models/words.gguf"), "no model")?;

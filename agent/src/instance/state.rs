@@ -5,7 +5,7 @@
 //! | claimed | none | begin, wanted or owned → queued · unwanted → stopped |
 //! | queued | none | its turn → starting · owned no more → backoff · unwanted → stopped |
 //! | starting | being launched | launched → loading · launch failed → backoff or failed · unwanted → stopping |
-//! | loading | alive | healthy → ready · serves another model → suspect · ended, model or arguments refused → failed · ended otherwise → backoff · no progress → stopping · unwanted → stopping |
+//! | loading | alive | healthy → ready · serves another model → suspect · ended, model or arguments refused → failed · ended otherwise → backoff · no progress, and a look after that finds none and no answer → stopping · unwanted → stopping |
 //! | ready | alive | 2 failed probes → suspect · ended → backoff or failed · unwanted → draining |
 //! | suspect | alive | 3 good probes → ready · ended → backoff or failed · unwanted → draining |
 //! | draining | alive | drained, too late or forced → stopping · ended → stopped |
@@ -197,6 +197,15 @@ pub enum Event {
     Probed(Health),
     /// A loading process has done something.
     Progress,
+    /// A look at a loading process has ended ([`Action::Look`]).
+    Looked {
+        /// When it was begun, in milliseconds since boot.
+        begun_ms: u64,
+        /// Whether the process has done something meanwhile, or that can't be told.
+        progress: bool,
+        /// What a probe at its end has found.
+        health: Health,
+    },
     /// No request is in flight any more, or the drain has taken too long.
     Drained,
     /// How the lease stands with which it is to end.
@@ -220,6 +229,8 @@ pub enum Action {
     Close,
     /// Tell ([`Event::Drained`]) when no request is in flight, at the latest after this many milliseconds.
     Drain(u64),
+    /// Look whether the loading process does anything, and then whether it answers; tell ([`Event::Looked`]).
+    Look,
     /// Ask the process to end.
     Terminate,
     /// End the process and its children.
@@ -257,6 +268,8 @@ pub struct State {
     /// Failed probes in a row while ready; good ones while suspect.
     streak: u32,
     ready_since_ms: Option<u64>,
+    /// When the last look was asked for at a process that has loaded for too long.
+    looking_since_ms: Option<u64>,
 }
 
 impl State {
@@ -279,6 +292,7 @@ impl State {
             forced: false,
             streak: 0,
             ready_since_ms: None,
+            looking_since_ms: None,
         }
     }
 

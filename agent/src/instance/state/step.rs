@@ -10,6 +10,10 @@ const FORCED_GRACE_MS: u64 = 2_000;
 /// The drain itself ends in time; this is for one that does not.
 const DRAIN_SLACK_MS: u64 = 2_000;
 
+/// Longest time that a look at a loading process takes, and that what it has found holds. An agent that was halted, or
+/// had no processor, for longer than that looks once more.
+const LOOK_MS: u64 = 10_000;
+
 /// Said of an instance whose turn has not come.
 const WAITS: &str = "waits for its turn: this node launches a few servers at a time (launches_at_once)";
 
@@ -75,9 +79,10 @@ impl Step<'_> {
             Event::Probed(health) => self.probed(health),
             Event::Progress => {
                 if phase == Phase::Loading {
-                    self.state.deadline_ms = Some(self.now_ms + self.policy.load_timeout_ms);
+                    self.progressed();
                 }
             }
+            Event::Looked { begun_ms, progress, health } => self.looked(begun_ms, progress, health),
             Event::Drained => {
                 if phase == Phase::Draining {
                     self.terminate();
@@ -96,6 +101,7 @@ impl Step<'_> {
     fn enter(&mut self, phase: Phase, deadline_in_ms: Option<u64>) {
         self.state.phase = phase;
         self.state.streak = 0;
+        self.state.looking_since_ms = None;
         self.state.deadline_ms = deadline_in_ms.map(|ms| self.now_ms + ms);
     }
 
@@ -263,18 +269,43 @@ impl Step<'_> {
     fn due(&mut self) {
         match self.state.phase {
             Phase::Backoff => self.queue(),
-            Phase::Loading => {
-                let seconds = self.policy.load_timeout_ms / 1000;
-                self.state.quick_ends += 1;
-                self.terminate();
-                self.state.message = format!("no progress for {seconds} s while the model loaded");
-            }
+            // That nothing was heard of it may be this agent's own fault, which was halted: it counts after a look only.
+            Phase::Loading => self.look(),
             Phase::Draining => self.terminate(),
             Phase::Stopping if self.state.process == Process::Alive => {
                 self.state.deadline_ms = Some(self.now_ms + KILL_AGAIN_MS);
                 self.actions.push(Action::Kill);
             }
             _ => self.state.deadline_ms = None,
+        }
+    }
+
+    fn progressed(&mut self) {
+        self.state.looking_since_ms = None;
+        self.state.deadline_ms = Some(self.now_ms + self.policy.load_timeout_ms);
+    }
+
+    fn look(&mut self) {
+        self.state.looking_since_ms = Some(self.now_ms);
+        self.state.deadline_ms = Some(self.now_ms + LOOK_MS);
+        self.actions.push(Action::Look);
+    }
+
+    fn looked(&mut self, begun_ms: u64, progress: bool, health: Health) {
+        // Of an earlier load, or one that was given up and asked for anew.
+        if self.state.phase != Phase::Loading || self.state.looking_since_ms.is_none_or(|since| begun_ms < since) {
+            return;
+        }
+        match health {
+            Health::Ok | Health::Other(_) => self.probed(health),
+            _ if progress => self.progressed(),
+            _ if self.now_ms.saturating_sub(begun_ms) > LOOK_MS => self.look(),
+            Health::Loading | Health::Failing(_) => {
+                let seconds = self.policy.load_timeout_ms / 1000;
+                self.state.quick_ends += 1;
+                self.terminate();
+                self.state.message = format!("no progress for {seconds} s while the model loaded");
+            }
         }
     }
 

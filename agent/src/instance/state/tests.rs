@@ -288,11 +288,44 @@ fn loading_fails_only_for_lack_of_progress() {
     let (state, _) = state.step(Event::Progress, late - 1, &policy, 0);
     let (state, actions) = state.step(Event::Tick, late, &policy, 0);
     assert_eq!((state.phase, actions), (Phase::Loading, vec![]));
-    let (state, actions) = state.step(Event::Tick, late - 1 + policy.load_timeout_ms, &policy, 0);
+    let due = late - 1 + policy.load_timeout_ms;
+    let (state, actions) = state.step(Event::Tick, due, &policy, 0);
+    assert_eq!((state.phase, actions), (Phase::Loading, vec![Action::Look]));
+    let (state, actions) = state.step(looked(due, false, Health::Loading), due + 1_001, &policy, 0);
     assert_eq!((state.phase, actions), (Phase::Stopping, vec![Action::Terminate]));
     let (state, _) = state.step(exit(0), late, &policy, 0);
     assert_eq!(state.phase, Phase::Backoff);
     assert!(state.message.contains("no progress for 300 s"), "{}", state.message);
+}
+
+fn looked(begun_ms: u64, progress: bool, health: Health) -> Event {
+    Event::Looked { begun_ms, progress, health }
+}
+
+/// As after a halt of the agent, in which the server has loaded on: the time is over before anything was heard of it.
+#[test]
+fn a_load_that_took_too_long_is_looked_at_once_more_before_it_is_ended() {
+    let policy = policy();
+    let due = 1_000 + policy.load_timeout_ms;
+    let loading = run([Event::Begin, Event::Launched]).0;
+    let (late, actions) = loading.step(Event::Tick, due + 5, &policy, 0);
+    assert_eq!((late.phase, actions), (Phase::Loading, vec![Action::Look]));
+    let after = |event: Event, now: u64| {
+        let (state, actions) = late.clone().step(event, now, &policy, 0);
+        (state.phase, actions, state.deadline_ms)
+    };
+    assert_eq!(after(looked(due + 5, false, Health::Ok), due + 10).0, Phase::Ready);
+    assert_eq!(after(looked(due + 5, true, Health::Loading), due + 10).2, Some(due + 10 + policy.load_timeout_ms));
+    assert_eq!(after(Event::Progress, due + 10).2, Some(due + 10 + policy.load_timeout_ms));
+    // What was seen before the time was over, or long ago, because the agent was halted again, ends nothing.
+    assert_eq!(after(looked(due, false, Health::Loading), due + 10).1, []);
+    assert_eq!(after(looked(due + 5, false, Health::Loading), due + 20_000).1, [Action::Look]);
+    // A look that is never heard of is asked for again.
+    assert_eq!(after(Event::Tick, due + 1_000), (Phase::Loading, vec![], late.deadline_ms));
+    assert_eq!(after(Event::Tick, due + 20_000).1, [Action::Look]);
+    // What was wanted no more meanwhile is ended once, and a look that comes late changes nothing.
+    let (stopping, _) = late.clone().step(Event::Want(false), due + 10, &policy, 0);
+    assert_eq!(stopping.step(looked(due + 5, false, Health::Loading), due + 10, &policy, 0).1, []);
 }
 
 /// A host in the small: what the machine asks of it, and what happens there of itself.
@@ -317,7 +350,7 @@ impl World {
                     assert!(self.alive, "a signal to nobody");
                     self.asked_to_end = true;
                 }
-                Action::Open | Action::Close | Action::Drain(_) => {}
+                Action::Open | Action::Close | Action::Drain(_) | Action::Look => {}
             }
         }
     }
@@ -416,6 +449,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(failing()),
         Just(Event::Probed(Health::Loading)),
         Just(Event::Progress),
+        (any::<bool>(), 0_u64..20_000_000).prop_map(|(progress, begun)| looked(begun, progress, Health::Loading)),
         Just(Event::Force),
         Just(Event::Probed(Health::Other("another model".to_owned()))),
         Just(Event::Drained),
@@ -458,6 +492,7 @@ proptest! {
                         prop_assert_eq!(after.process, Process::Alive);
                     }
                     Action::Drain(_) => prop_assert!(!after.wanted),
+                    Action::Look => prop_assert_eq!(after.phase, Phase::Loading),
                 }
             }
             prop_assert_eq!(open, after.phase == Phase::Ready, "requests go to {:?}", after.phase);

@@ -269,6 +269,7 @@ impl Supervisor {
                     Event::Drained
                 });
             }
+            Action::Look => self.look(),
             Action::Terminate | Action::Kill => {
                 let Some((living, _)) = &self.run else { return };
                 let done = if action == Action::Kill { living.kill_tree() } else { living.terminate() };

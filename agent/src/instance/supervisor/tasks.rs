@@ -2,6 +2,7 @@
 
 use super::{
     super::{
+        run::now_ms,
         state::{Event, Health, Lease, Phase},
         traces,
     },
@@ -136,6 +137,20 @@ impl Supervisor {
                 sleep(left.clamp(LEASE_PAUSE, LEASE_LOOK)).await;
             }
         }));
+    }
+
+    /// Looks for as long as between two looks at its progress whether the process does anything, then whether it answers.
+    pub(super) fn look(&mut self) {
+        let Some((living, record)) = &self.run else { return };
+        let (living, model, socket) = (living.clone(), traces::model(&record.arguments), self.socket.clone());
+        let (machine, begun_ms) = (self.context.machine.clone(), now_ms());
+        self.task(Span::none(), async move {
+            let before = living.work();
+            sleep(PROGRESS_INTERVAL).await;
+            let now = living.work();
+            let health = machine.probe(&socket, Some(&model)).await;
+            Event::Looked { begun_ms, progress: now.is_none() || now != before, health }
+        });
     }
 
     /// A task of the present run, which ends in an event; done within a span.

@@ -1,7 +1,7 @@
 //! The store in memory: etcd's twin for simulation and for `drover dev` on a machine without etcd.
 //!
 //! Owns: its content, and a task that ends leases on tokio's clock (so tests can pause it). Answers exactly as etcd does,
-//! which `tests/the_memory_store_answers_as_etcd_does.rs` checks against a real one. Must never: be offered as a store that
+//! which `tests/the_memory_store_answers_as_etcd_does` checks against a real one. Must never: be offered as a store that
 //! survives its process.
 
 mod faults;
@@ -11,8 +11,13 @@ mod txn;
 use super::{Backend, Changes, Error, KeyValue, Listing, Txn, TxnOutcome, WATCH_QUEUE, Watch};
 use async_trait::async_trait;
 use state::State;
+
+pub use faults::Copy;
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -31,7 +36,7 @@ pub struct Memory {
 
 #[derive(Debug)]
 struct Shared {
-    cluster_id: u64,
+    cluster_id: AtomicU64,
     state: Mutex<State>,
     /// Wakes the watches.
     revision: watch::Sender<i64>,
@@ -53,7 +58,7 @@ impl Memory {
         let leases_changed = Arc::new(Notify::new());
         let state = State::new(revisions);
         let shared = Arc::new(Shared {
-            cluster_id,
+            cluster_id: AtomicU64::new(cluster_id),
             revision: watch::Sender::new(state.revision()),
             state: Mutex::new(state),
             leases_changed: leases_changed.clone(),
@@ -107,13 +112,26 @@ async fn end_leases(shared: Weak<Shared>, changed: Arc<Notify>) {
     }
 }
 
+fn restored() -> Error {
+    Error::Unavailable("the store was set back to an earlier copy".to_owned())
+}
+
 /// Hands on changes from a revision on, until the reader leaves, the store is dropped or the history is compacted.
-async fn follow(shared: Weak<Shared>, prefix: String, mut from: i64, reader: mpsc::Sender<Result<Changes, Error>>) {
+async fn follow(
+    shared: Weak<Shared>,
+    life: u64,
+    prefix: String,
+    mut from: i64,
+    reader: mpsc::Sender<Result<Changes, Error>>,
+) {
     let Some(mut revisions) = shared.upgrade().map(|shared| shared.revision.subscribe()) else { return };
+    let next_of = |state: &mut State, from| {
+        if state.life() == life { state.changes(from, &prefix) } else { Err(restored()) }
+    };
     loop {
         revisions.mark_unchanged();
         loop {
-            let Some(next) = shared.upgrade().map(|shared| shared.with(|state| state.changes(from, &prefix))) else {
+            let Some(next) = shared.upgrade().map(|shared| shared.with(|state| next_of(state, from))) else {
                 return;
             };
             match next {
@@ -169,13 +187,13 @@ impl Backend for Memory {
 
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<Watch, Error> {
         let (sender, changes) = mpsc::channel(WATCH_QUEUE);
-        let now = self.shared.with(|state| state.revision());
+        let (now, life) = self.shared.with(|state| (state.revision(), state.life()));
         let from = if from_revision > 0 { from_revision } else { now + 1 };
-        tokio::spawn(follow(Arc::downgrade(&self.shared), prefix.to_owned(), from, sender));
+        tokio::spawn(follow(Arc::downgrade(&self.shared), life, prefix.to_owned(), from, sender));
         Ok(Watch { changes })
     }
 
     async fn cluster_id(&self) -> Result<u64, Error> {
-        Ok(self.shared.cluster_id)
+        Ok(self.shared.cluster_id.load(Ordering::Relaxed))
     }
 }

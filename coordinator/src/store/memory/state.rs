@@ -10,14 +10,14 @@ use tokio::time::Instant;
 /// Shortest time to live that etcd grants, at its default election timeout.
 const TTL_MIN: Duration = Duration::from_secs(2);
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Lease {
     ttl: Duration,
     expires: Instant,
     keys: BTreeSet<String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct State {
     revision: i64,
     pub(super) keys: BTreeMap<String, KeyValue>,
@@ -28,6 +28,8 @@ pub(super) struct State {
     history_max: usize,
     /// A watch from before this revision is refused.
     compacted: i64,
+    /// How often the content was set back; a watch lives as long as one of these.
+    life: u64,
 }
 
 impl State {
@@ -40,7 +42,20 @@ impl State {
             history: VecDeque::new(),
             history_max,
             compacted: 0,
+            life: 0,
         }
+    }
+
+    pub(super) const fn life(&self) -> u64 {
+        self.life
+    }
+
+    /// Sets content, history and revision back to those of a copy. Its leases have their full time again; those that are
+    /// granted from now on have ids that none has had.
+    pub(super) fn restore(&mut self, copy: &Self, now: Instant) {
+        let (last_lease, life) = (self.last_lease, self.life + 1);
+        *self = Self { last_lease, life, ..copy.clone() };
+        self.refresh_leases(now);
     }
 
     pub(super) const fn revision(&self) -> i64 {

@@ -1,82 +1,52 @@
-//! The same random operations on both stores, answer by answer.
-//!
-//! Prints the seed of each run; `DROVER_SEED=n` repeats one. Revisions are compared relative to the start of the run,
-//! leases by the order in which they were granted.
+//! Both stores, and random operations on them.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::print_stdout,
-    reason = "helpers of a test are no #[test]"
-)]
-
-use drover_coordinator::store::{
-    Backend, Change, Compare, Error, KeyValue, Op, Store, Txn, TxnOutcome,
-    etcd::{self, Etcd},
-    memory::Memory,
+use super::{
+    history::{self, Watched},
+    together,
 };
+use drover_coordinator::store::{
+    Backend as _, Change, Compare, Error, KeyValue, Op, Store, Txn, TxnOutcome, memory::Memory,
+};
+use drover_tests::etcd::Etcd as Server;
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
-use std::{sync::Arc, time::Duration};
-use tokio::time::Instant;
+use std::time::Duration;
 
-const STEPS: usize = 250;
-const TIME: Duration = Duration::from_secs(8);
+pub const STEPS: usize = 250;
 const KEYS: [&str; 8] = ["a", "a/1", "a/2", "a/22", "b/1", "b/2", "c", "é/1"];
-const PREFIXES: [&str; 7] = ["", "a", "a/", "a/2", "b/", "é", "none/"];
+pub const PREFIXES: [&str; 7] = ["", "a", "a/", "a/2", "b/", "é", "none/"];
 
-#[tokio::test]
-async fn the_memory_store_answers_as_etcd_does() {
-    let server = drover_tests::etcd::Etcd::start().await.unwrap();
-    let seeds: Vec<u64> = match std::env::var("DROVER_SEED") {
-        Ok(seed) => vec![seed.parse().expect("DROVER_SEED is no number")],
-        // Found seeds stay; a few new ones each time.
-        Err(_) => [1, 2, 3, 4].into_iter().chain((0..50).map(|_| rand::random::<u32>().into())).collect(),
-    };
-    let begun = Instant::now();
-    let mut runs = 0;
-    for seed in seeds {
-        println!("DROVER_SEED={seed}");
-        let mut settings = etcd::Settings::new(server.endpoints());
-        settings.prefix = format!("/differential/{seed}/{runs}/");
-        let etcd: Store = Arc::new(Etcd::connect(settings).await.unwrap());
-        Pair::new(etcd, seed).await.run().await;
-        runs += 1;
-        if begun.elapsed() > TIME {
-            break;
-        }
-    }
-    println!("{runs} runs of {STEPS} steps");
-    assert!(runs > 0);
-}
-
-struct Pair {
-    etcd: Store,
-    memory: Memory,
-    random: StdRng,
-    seed: u64,
+pub struct Pair {
+    pub etcd: Store,
+    pub memory: Memory,
+    pub random: StdRng,
+    pub seed: u64,
     /// Etcd's revision less the memory's; both move in step.
-    offset: i64,
-    first_revision: i64,
+    pub offset: i64,
+    pub first_revision: i64,
+    /// What is forgotten of the history: a watch from before is refused.
+    pub compacted: i64,
     /// Granted so far, (etcd's, memory's); revoked ones stay.
-    leases: Vec<(i64, i64)>,
-    seen: Seen,
+    pub leases: Vec<(i64, i64)>,
+    pub seen: Seen,
 }
 
 /// How often each outcome of a transaction was met: a test that met only refusals has shown nothing.
 #[derive(Debug, Default)]
-struct Seen {
+pub struct Seen {
     succeeded: usize,
     otherwise: usize,
     rejected: usize,
     lease_gone: usize,
+    pub compactions: usize,
+    pub pairs: usize,
+    pub changed_order: usize,
 }
 
 /// A choice in memory's terms: what differs is put in by [`Pair::for_etcd`].
-type InMemory<T> = T;
+pub type InMemory<T> = T;
 
 impl Pair {
-    async fn new(etcd: Store, seed: u64) -> Self {
+    pub async fn new(etcd: Store, seed: u64) -> Self {
         let memory = Memory::start(seed);
         let first_revision = memory.list("").await.unwrap().revision;
         let offset = etcd.list("").await.unwrap().revision - first_revision;
@@ -87,29 +57,39 @@ impl Pair {
             seed,
             offset,
             first_revision,
+            compacted: 0,
             leases: vec![],
             seen: Seen::default(),
         }
     }
 
-    async fn run(mut self) {
+    pub async fn run(mut self, server: &Server) {
         let mut live = (
             self.etcd.watch("", self.first_revision + self.offset + 1).await.unwrap(),
             self.memory.watch("", self.first_revision + 1).await.unwrap(),
         );
+        let mut midway: Vec<Watched> = vec![];
         for step in 0..STEPS {
-            self.step(step).await;
+            match self.random.random_range(0..80) {
+                0 => history::compact(&mut self, server, step).await,
+                1..=3 => midway.push(Watched::open(&mut self).await),
+                4..=9 => together::pair(&mut self, step).await,
+                _ => self.step(step).await,
+            }
         }
         // A last write that the watches can wait for.
         let end = self.txn_on_both(Txn { then: vec![put("a", 0)], ..Txn::default() }, STEPS).await.unwrap().revision;
         let etcd = self.collect(&mut live.0, end + self.offset).await;
         let memory = self.collect(&mut live.1, end).await;
         self.compare_changes(&etcd, &memory, "the watch open all along", STEPS);
-        for prefix in PREFIXES {
-            self.replay(prefix, end).await;
+        for watched in midway {
+            watched.compare(&self, end).await;
         }
-        let Seen { succeeded, otherwise, rejected, lease_gone } = self.seen;
-        println!("  {succeeded} succeeded, {otherwise} otherwise, {rejected} rejected, {lease_gone} with a dead lease");
+        for prefix in PREFIXES {
+            history::replay(&mut self, prefix, end).await;
+        }
+        println!("  {:?}", self.seen);
+        let Seen { succeeded, otherwise, rejected, lease_gone, .. } = self.seen;
         assert!(succeeded > STEPS / 8 && otherwise > STEPS / 16 && rejected > 0 && lease_gone > 0);
     }
 
@@ -145,13 +125,22 @@ impl Pair {
         }
     }
 
-    async fn txn_on_both(&mut self, txn: InMemory<Txn>, step: usize) -> Result<TxnOutcome, Error> {
+    pub async fn txn_on_both(&mut self, txn: InMemory<Txn>, step: usize) -> Result<TxnOutcome, Error> {
         let etcd = self.etcd.txn(self.for_etcd(&txn)).await;
+        self.txn_on_memory(&txn, etcd, step).await
+    }
+
+    /// Does on the twin what etcd has answered so.
+    pub async fn txn_on_memory(
+        &mut self,
+        txn: &InMemory<Txn>,
+        etcd: Result<TxnOutcome, Error>,
+        step: usize,
+    ) -> Result<TxnOutcome, Error> {
         let memory = self.memory.txn(txn.clone()).await;
         match (etcd, &memory) {
             (Ok(etcd), Ok(memory)) => {
-                let reads = etcd.reads.into_iter().map(|kvs| self.all_in_memory(kvs)).collect();
-                let etcd = TxnOutcome { succeeded: etcd.succeeded, revision: etcd.revision - self.offset, reads };
+                let etcd = self.outcome_in_memory(etcd);
                 assert_eq!(&etcd, memory, "{}: {txn:?}", self.at(step));
                 *(if etcd.succeeded { &mut self.seen.succeeded } else { &mut self.seen.otherwise }) += 1;
             }
@@ -162,39 +151,7 @@ impl Pair {
         memory
     }
 
-    /// The changes under a prefix since the beginning and since two other revisions.
-    async fn replay(&mut self, prefix: &str, end: i64) {
-        for from in [self.first_revision + 1, self.random.random_range(self.first_revision + 1..=end), end] {
-            let mut etcd = self.etcd.watch(prefix, from + self.offset).await.unwrap();
-            let mut memory = self.memory.watch(prefix, from).await.unwrap();
-            // Under most prefixes the last change is an earlier one: the memory's history says which to wait for.
-            let Some(last) = self.last_change(prefix, from).await else { continue };
-            let etcd = self.collect(&mut etcd, last + self.offset).await;
-            let memory = self.collect(&mut memory, last).await;
-            self.compare_changes(&etcd, &memory, &format!("replay of {prefix:?} from {from}"), STEPS);
-        }
-    }
-
-    async fn last_change(&self, prefix: &str, from: i64) -> Option<i64> {
-        let mut all = self.memory.watch("", from).await.unwrap();
-        let now = self.memory.list("").await.unwrap().revision;
-        let mut last = None;
-        while let Ok(changes) = all.next().await {
-            let under = |change: &Change| match change {
-                Change::Put(kv) => kv.key.starts_with(prefix),
-                Change::Delete { key, .. } => key.starts_with(prefix),
-            };
-            if changes.changes.iter().any(under) {
-                last = Some(changes.revision);
-            }
-            if changes.revision >= now {
-                break;
-            }
-        }
-        last
-    }
-
-    async fn collect(&self, watch: &mut drover_coordinator::store::Watch, until: i64) -> Vec<Change> {
+    pub async fn collect(&self, watch: &mut drover_coordinator::store::Watch, until: i64) -> Vec<Change> {
         let mut all: Vec<Change> = vec![];
         loop {
             let next = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
@@ -210,7 +167,7 @@ impl Pair {
         }
     }
 
-    fn compare_changes(&self, etcd: &[Change], memory: &[Change], what: &str, step: usize) {
+    pub fn compare_changes(&self, etcd: &[Change], memory: &[Change], what: &str, step: usize) {
         let etcd: Vec<_> = etcd
             .iter()
             .map(|change| match change {
@@ -223,7 +180,7 @@ impl Pair {
         assert_eq!(etcd, memory, "{}: {what}", self.at(step));
     }
 
-    async fn txn(&mut self) -> InMemory<Txn> {
+    pub async fn txn(&mut self) -> InMemory<Txn> {
         let mut txn = Txn::default();
         for _ in 0..self.random.random_range(0..3) {
             let compare = self.compare().await;
@@ -278,11 +235,11 @@ impl Pair {
         (*KEYS.choose(&mut self.random).unwrap()).to_owned()
     }
 
-    fn prefix(&mut self) -> String {
+    pub fn prefix(&mut self) -> String {
         (*PREFIXES.choose(&mut self.random).unwrap()).to_owned()
     }
 
-    fn for_etcd(&self, txn: &InMemory<Txn>) -> Txn {
+    pub fn for_etcd(&self, txn: &InMemory<Txn>) -> Txn {
         let revision = |revision: &i64| if *revision == 0 { 0 } else { revision + self.offset };
         let compare = txn.compare.iter().map(|compare| match compare {
             Compare::ModRevision(key, r) => Compare::ModRevision(key.clone(), revision(r)),
@@ -314,20 +271,25 @@ impl Pair {
         }
     }
 
-    fn all_in_memory(&self, kvs: Vec<KeyValue>) -> Vec<KeyValue> {
+    pub fn outcome_in_memory(&self, etcd: TxnOutcome) -> InMemory<TxnOutcome> {
+        let reads = etcd.reads.into_iter().map(|kvs| self.all_in_memory(kvs)).collect();
+        TxnOutcome { succeeded: etcd.succeeded, revision: etcd.revision - self.offset, reads }
+    }
+
+    pub fn all_in_memory(&self, kvs: Vec<KeyValue>) -> Vec<KeyValue> {
         kvs.into_iter().map(|kv| self.in_memory(kv)).collect()
     }
 
-    fn at(&self, step: usize) -> String {
+    pub fn at(&self, step: usize) -> String {
         format!("seed {} step {step}", self.seed)
     }
 }
 
-fn put(key: &str, lease: i64) -> Op {
+pub fn put(key: &str, lease: i64) -> Op {
     Op::Put { key: key.to_owned(), value: format!("value of {key}").into_bytes(), lease }
 }
 
-fn revision_of(change: &Change) -> i64 {
+pub fn revision_of(change: &Change) -> i64 {
     match change {
         Change::Put(kv) => kv.mod_revision,
         Change::Delete { revision, .. } => *revision,

@@ -123,7 +123,8 @@ impl Claims {
             };
             if outcome.succeeded {
                 session_revision = outcome.revision;
-                batch.made(Token { generation: snapshot.generation(), revision: outcome.revision });
+                let generation = mutant::told_generation(snapshot.generation());
+                batch.made(Token { generation, revision: outcome.revision });
             } else {
                 // What is lost leaves the batch, so this ends.
                 batch.lost(&outcome.reads)?;

@@ -89,7 +89,7 @@ impl Cycle {
         loop {
             if unsettled {
                 // Until it is known what became of the last plan, another one would do some of it twice.
-                match leader::settle(&self.store, created).await {
+                match leader::settle(&self.store, created, term.schema).await {
                     Ok(revision) => (term.revision, reached, unsettled) = (revision, reached.max(revision), false),
                     Err(error) => {
                         tracing::warn!(%error, "planning waits until it is known what has become of the last plan");
@@ -324,17 +324,19 @@ fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Ve
                 created_at: Some(clock::now()),
                 traceparent,
             };
-            let compare = vec![
+            let mut compare = vec![
                 Compare::CreateRevision(keys::instance(id), 0),
                 Compare::ModRevision(keys::deployment(deployment), *deployment_mod),
             ];
+            compare.extend(offer.iter().flat_map(|offer| still_joined(snapshot, offer)));
             (compare, vec![records::put(keys::instance(id), &instance, 0)])
         }
         Action::Offer { id, expect, offer } => {
             let mut instance = stored(snapshot, id);
             instance.offer = Some(stored_offer(offer));
-            let compare =
+            let mut compare =
                 vec![Compare::ModRevision(keys::instance(id), *expect), Compare::CreateRevision(keys::claim(id), 0)];
+            compare.extend(still_joined(snapshot, offer));
             (compare, vec![records::put(keys::instance(id), &instance, 0)])
         }
         Action::Stop { id, expect, .. } => {
@@ -384,6 +386,15 @@ fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Ve
             (compare, keys.iter().take(64).map(|k| Op::Delete(format!("{}{k}", keys::REVISIONS))).collect())
         }
     }
+}
+
+/// That the candidates of an offer have the sessions that the plan saw: one that has joined anew since may be about to claim
+/// again what runs on it, which needs the room that is offered.
+fn still_joined<'a>(snapshot: &'a Snapshot, offer: &'a plan::Offer) -> impl Iterator<Item = Compare> + 'a {
+    offer.candidates.iter().map(|node| {
+        let created = snapshot.sessions.get(node).map_or(0, |session| session.create_revision);
+        Compare::CreateRevision(keys::session(node), created)
+    })
 }
 
 /// The instance's record as the plan saw it; the transaction compares its revision.

@@ -193,15 +193,18 @@ async fn keep(
 
 /// Writes the leader's key anew, as it is. A write of this term whose outcome is not known compares the key as it was, so from
 /// then on it has taken effect or never will, and a view of the returned revision shows which. `created` is the revision at which
-/// this term's key was made.
+/// this term's key was made, `schema` that of the store's schema.
 ///
 /// # Errors
 /// [`Error::LeaseGone`] when the key is another's; those of the store. It may be tried again whatever the error.
-pub async fn settle(store: &Store, created: i64) -> Result<i64, Error> {
+pub async fn settle(store: &Store, created: i64, schema: i64) -> Result<i64, Error> {
     let key = keys::LEADER.to_owned();
     let ours = store.get(&key).await?.filter(|kv| kv.create_revision == created).ok_or(Error::LeaseGone)?;
     let txn = Txn {
-        compare: vec![Compare::ModRevision(key.clone(), ours.mod_revision)],
+        compare: vec![
+            Compare::ModRevision(key.clone(), ours.mod_revision),
+            Compare::ModRevision(keys::SCHEMA.to_owned(), schema),
+        ],
         then: vec![Op::Put { key, value: ours.value, lease: ours.lease }],
         otherwise: vec![],
     };

@@ -44,6 +44,8 @@ pub mod name {
     pub const DRAIN_ORDER_WITHOUT_TOKEN: &str = "drain-order-without-token";
     /// Status is written without comparing the claim.
     pub const STATUS_WITHOUT_FENCE: &str = "status-without-fence";
+    /// What a node has said on an older stream replaces what it has said since on another.
+    pub const REPORTS_OF_AN_OLDER_STREAM: &str = "reports-of-an-older-stream";
     /// A session is resumed by whoever asks, whatever it knows and wherever it runs.
     pub const SESSION_HANDED_TO_ANYBODY: &str = "session-handed-to-anybody";
     /// A planned absence is written whichever stream the agent is attached by now.
@@ -54,8 +56,17 @@ pub mod name {
     pub const ENDS_WHAT_IT_NEVER_KNEW: &str = "ends-what-it-never-knew";
     /// A record that can't be read counts as none.
     pub use crate::store::records::UNREADABLE_SAYS_NO;
+    /// Tokens are told as those of the first generation, whatever generation the store is of.
+    pub const TOKEN_WITHOUT_GENERATION: &str = "token-without-generation";
+    /// A restore leaves the generation as it was.
+    pub use crate::store::restore::GENERATION_STAYS;
     /// Writes do not compare what the store is, whose revisions may come again after a restore.
     pub const NO_SCHEMA_COMPARE: &str = "no-schema-compare";
 }
 
 pub use drover_proto::mutant::on;
+
+/// The generation that a token is told with.
+pub(super) fn told_generation(generation: u64) -> u64 {
+    if on(name::TOKEN_WITHOUT_GENERATION) { 1 } else { generation }
+}

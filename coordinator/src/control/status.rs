@@ -40,19 +40,24 @@ impl Statuses {
     }
 
     /// Records reports of a node about different instances, by few transactions: what [`Statuses::record`] answers for each.
-    /// `written` is the revision of the last such transaction: what it wrote is what these replace.
+    /// `stream` is the session's revision at which the stream was welcomed that they came by. `written` is the revision of the
+    /// last such transaction: what it wrote is what these replace.
     pub async fn record_all(
         &self,
         node: &str,
+        stream: i64,
         reports: &[StatusReport],
         written: &mut i64,
     ) -> Vec<Result<bool, Error>> {
         let spans: Vec<Span> = reports.iter().map(span).collect();
-        let together =
-            if reports.len() > 1 { self.record_together(node, reports, &spans, written).await } else { vec![None] };
+        let together = if reports.len() > 1 {
+            self.record_together(node, stream, reports, &spans, written).await
+        } else {
+            vec![None]
+        };
         let each = reports.iter().zip(spans).zip(together).map(async |((report, span), recorded)| match recorded {
             Some(accepted) => Ok(accepted),
-            None => self.record(node, report).instrument(span).await,
+            None => self.record(node, stream, report).instrument(span).await,
         });
         join_all(each).await
     }
@@ -61,6 +66,7 @@ impl Statuses {
     async fn record_together(
         &self,
         node: &str,
+        stream: i64,
         reports: &[StatusReport],
         spans: &[Span],
         written: &mut i64,
@@ -70,7 +76,7 @@ impl Statuses {
         let Ok(snapshot) = self.view.at_least(known, CATCH_UP).await else { return settled };
         let mut writes = Vec::new();
         for (n, report) in reports.iter().enumerate() {
-            match Write::of(&snapshot, node, report) {
+            match Write::of(&snapshot, node, stream, report) {
                 Ok(write) => writes.push((n, write.step(), write)),
                 Err(accepted) => settled[n] = Some(accepted),
             }
@@ -100,15 +106,16 @@ impl Statuses {
     /// Records one report; false when its token is not that of the node's standing claim, so that it changed nothing.
     ///
     /// The status that it replaces is compared too: a report whose outcome was unknown, and which commits after all, does
-    /// not replace what its node has reported since, maybe through another coordinator.
-    pub async fn record(&self, node: &str, report: &StatusReport) -> Result<bool, Error> {
+    /// not replace what its node has reported since, maybe through another coordinator. Nor does one that has waited here for
+    /// so long that its node has gone on to another stream, and has reported on that.
+    pub async fn record(&self, node: &str, stream: i64, report: &StatusReport) -> Result<bool, Error> {
         let id = &report.instance;
         // The view at the token's revision or later shows the claim, or that it is gone.
         let mut known = self.refers_to(report);
         for _ in 0..ATTEMPTS {
             let reached = self.view.at_least(known, CATCH_UP).await;
             let snapshot = reached.map_err(|behind| Error::Unavailable(behind.to_string()))?;
-            let write = match Write::of(&snapshot, node, report) {
+            let write = match Write::of(&snapshot, node, stream, report) {
                 Ok(write) => write,
                 Err(accepted) => return Ok(accepted),
             };
@@ -223,7 +230,7 @@ struct Write {
 
 impl Write {
     /// `Err` when the snapshot settles it: with `true` it stands there already, with `false` it is another's.
-    fn of(snapshot: &Snapshot, node: &str, report: &StatusReport) -> Result<Self, bool> {
+    fn of(snapshot: &Snapshot, node: &str, stream: i64, report: &StatusReport) -> Result<Self, bool> {
         // Of a key that does not exist the revision is 0, so no such token may get as far as the compare.
         let token = report.token.filter(|token| token.revision > 0).ok_or(false)?;
         let id = &report.instance;
@@ -239,8 +246,14 @@ impl Write {
             restarts: report.restarts,
             message: report.message.clone(),
             since: report.since.or_else(|| Some(clock::now())),
+            stream_revision: stream,
         };
         let known = snapshot.statuses.get(id);
+        // What was compared is what was read: of the same run, so the same session's revisions or a later session's.
+        let newer = known.is_some_and(|k| k.value.token == Some(token) && k.value.stream_revision > stream);
+        if newer && !mutant::on(mutant::name::REPORTS_OF_AN_OLDER_STREAM) {
+            return Err(false);
+        }
         if known.is_some_and(|k| k.value == status) && snapshot.token(id) == Some(token) {
             return Err(true);
         }

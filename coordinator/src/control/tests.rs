@@ -135,7 +135,7 @@ impl World {
             state: state.into(),
             ..StatusReport::default()
         };
-        self.statuses.record(node, &report).await.unwrap()
+        self.statuses.record(node, 1, &report).await.unwrap()
     }
 
     /// Waits until the last event asked for is recorded: they are written in their order.

@@ -98,7 +98,7 @@ fn made(
         broken.push((Rule::ClaimUnderHalt, format!("the halt is at level {level}")));
     }
     if let Some(capacity) = checker.capacities.get(node).filter(|_| offered) {
-        let standing = before.claims_of(node).map(|(_, c)| c.value.memory_bytes).fold(0, i64::saturating_add);
+        let standing = checker.reserved.bytes(node);
         let with = transaction.puts::<record::Claim>(keys::CLAIMS).filter(|(_, _, c)| c.node == *node);
         let total = with.map(|(_, _, c)| c.memory_bytes).fold(standing, i64::saturating_add);
         if total > *capacity {

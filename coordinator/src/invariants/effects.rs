@@ -23,6 +23,18 @@ pub(super) fn judge(checker: &Checker, at_ms: i64, transaction: &Transaction) ->
                 format!("{} of {} under {token}, and {}", status.state().as_str_name(), status.node, standing(id));
             broken.push((Rule::StaleEffect, kv.key.clone(), message));
         }
+        let stream = status.stream_revision;
+        let known = before.statuses.get(id).filter(|known| known.value.token == status.token);
+        if let Some(newer) =
+            known.map(|known| known.value.stream_revision).filter(|known| stream != 0 && *known > stream)
+        {
+            let message = format!(
+                "{} of {} by its stream of revision {stream}, after one by its stream of revision {newer}",
+                status.state().as_str_name(),
+                status.node
+            );
+            broken.push((Rule::OlderReport, kv.key.clone(), message));
+        }
     }
     for (name, kv, run) in transaction.puts::<record::Run>(keys::RUNS) {
         let token = run.token.unwrap_or_default();
@@ -38,11 +50,14 @@ pub(super) fn judge(checker: &Checker, at_ms: i64, transaction: &Transaction) ->
         }
     }
     for (id, kv, instance) in transaction.puts::<record::Instance>(keys::INSTANCES) {
-        if let Some(message) = surplus(checker, transaction, id, &instance) {
+        if let Some(message) = surplus(checker, id, &instance) {
             broken.push((Rule::SurplusInstance, kv.key.clone(), message));
         }
         if let Some(message) = too_soon(checker, at_ms, id, &instance) {
             broken.push((Rule::ReplacedInGrace, kv.key.clone(), message));
+        }
+        if let Some(message) = before_inventory(checker, at_ms, id, &instance) {
+            broken.push((Rule::OfferedBeforeInventory, kv.key.clone(), message));
         }
     }
     broken
@@ -61,7 +76,7 @@ fn removed(checker: &Checker, transaction: &Transaction, name: &str) -> Option<S
     (!(reported || with || closed)).then(|| format!("of {}, with neither its report nor its instance", run.node))
 }
 
-fn surplus(checker: &Checker, transaction: &Transaction, id: &str, instance: &record::Instance) -> Option<String> {
+fn surplus(checker: &Checker, id: &str, instance: &record::Instance) -> Option<String> {
     let before = &checker.state;
     if before.instances.contains_key(id) || !instance.wanted {
         return None;
@@ -71,14 +86,7 @@ fn surplus(checker: &Checker, transaction: &Transaction, id: &str, instance: &re
         return None;
     }
     let asked = if deployment.value.deleting { 0 } else { usize::try_from(deployment.value.replicas).unwrap_or(0) };
-    let counts =
-        |i: &record::Instance| i.wanted && i.deployment == instance.deployment && i.revision == instance.revision;
-    let kept = before
-        .instances
-        .iter()
-        .filter(|(id, i)| counts(&i.value) && transaction.put::<record::Instance>(&keys::instance(id)).is_none());
-    let wanted =
-        kept.count() + transaction.puts::<record::Instance>(keys::INSTANCES).filter(|(_, _, i)| counts(i)).count();
+    let wanted = checker.wanted.get(&(instance.deployment.clone(), instance.revision)).copied().unwrap_or(0);
     (wanted > asked)
         .then(|| format!("{wanted} instances of revision {} are wanted, {asked} were asked for", instance.revision))
 }
@@ -101,5 +109,24 @@ fn too_soon(checker: &Checker, at_ms: i64, id: &str, instance: &record::Instance
             at_ms - since,
             offer.candidates.join(", ")
         )
+    })
+}
+
+/// A node is offered something before it has said, in its present session, what runs on it. One that never says it is waited
+/// for as long as the grace period.
+fn before_inventory(checker: &Checker, at_ms: i64, id: &str, instance: &record::Instance) -> Option<String> {
+    let before = &checker.state;
+    let offer = instance.offer.as_ref()?;
+    if before.instances.get(id).is_some_and(|known| known.value.offer.as_ref() == Some(offer)) {
+        return None;
+    }
+    offer.candidates.iter().find_map(|node| {
+        let session = &before.sessions.get(node)?.value;
+        let opened_ms = millis(session.opened_at.as_ref()?);
+        let until = opened_ms + checker.settings.grace_ms - checker.settings.slack_ms;
+        let waits = checker.told_inventory.get(node) != Some(&session.session_id) && at_ms < until;
+        waits.then(|| {
+            format!("offered to {node}, which joined {} ms ago and has not said what runs there", at_ms - opened_ms)
+        })
     })
 }

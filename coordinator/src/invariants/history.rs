@@ -1,7 +1,10 @@
 //! The history as transactions, and what is remembered of it.
 
 use super::{CLAIMS_MAX, Checker};
-use crate::store::{Change, Changes, KeyValue, keys};
+use crate::{
+    plan::snapshot::Snapshot,
+    store::{Change, Changes, KeyValue, keys},
+};
 use drover_proto::{store::v1 as record, v1::Token};
 use prost::Message;
 use std::collections::BTreeMap;
@@ -79,6 +82,45 @@ pub(super) struct Made {
     pub(super) may_end: bool,
 }
 
+/// Who owns what, and the memory that it takes, in bytes: looked up for each claim, whatever others there are.
+#[derive(Debug, Default)]
+pub(super) struct Reserved {
+    by_id: BTreeMap<String, (String, i64)>,
+    by_node: BTreeMap<String, i64>,
+}
+
+impl Reserved {
+    pub(super) fn of(state: &Snapshot) -> Self {
+        let mut reserved = Self::default();
+        state.claims.iter().for_each(|(id, claim)| reserved.insert(id, &claim.value));
+        reserved
+    }
+
+    fn insert(&mut self, id: &str, claim: &record::Claim) {
+        let bytes = self.by_node.entry(claim.node.clone()).or_default();
+        *bytes = bytes.saturating_add(claim.memory_bytes);
+        self.by_id.insert(id.to_owned(), (claim.node.clone(), claim.memory_bytes));
+    }
+
+    fn remove(&mut self, id: &str) {
+        let Some((node, bytes)) = self.by_id.remove(id) else { return };
+        if let Some(left) = self.by_node.get_mut(&node) {
+            *left = left.saturating_sub(bytes);
+            if *left == 0 {
+                self.by_node.remove(&node);
+            }
+        }
+    }
+
+    fn owner(&self, id: &str) -> Option<&str> {
+        self.by_id.get(id).map(|(node, _)| node.as_str())
+    }
+
+    pub(super) fn bytes(&self, node: &str) -> i64 {
+        self.by_node.get(node).copied().unwrap_or(0)
+    }
+}
+
 impl Checker {
     pub(super) fn remember(&mut self, id: String, token: Token, claim: &record::Claim) {
         let made = Made { node: claim.node.clone(), nonce: claim.nonce.clone(), gone: None, may_end: false };
@@ -101,28 +143,76 @@ impl Checker {
             if kv.version == 1 {
                 self.capacities.remove(node);
             }
-            self.leases.insert(node.to_owned(), kv.lease);
         }
         for (node, _, told) in transaction.puts::<record::Node>(keys::NODES) {
             let bytes = told.capacity.map_or(0, |capacity| capacity.memory_bytes);
             let largest = self.capacities.entry(node.to_owned()).or_default();
             *largest = bytes.max(*largest);
         }
+        let nodes = transaction.puts::<record::Node>(keys::NODES).map(|(node, _, _)| node);
+        let joined = transaction.puts::<record::Session>(keys::SESSIONS).map(|(node, _, _)| node);
+        let touched: Vec<String> = nodes.chain(joined).map(str::to_owned).collect();
+        touched.iter().for_each(|node| self.note_inventory(node));
+        for node in transaction.deletes(keys::NODES) {
+            self.told_inventory.remove(node);
+            self.capacities.remove(node);
+        }
         let mut gone: Vec<(String, bool)> = Vec::new();
         for id in transaction.deletes(keys::CLAIMS) {
-            let owner = self.made.iter().rev().find(|((of, _), made)| of == id && made.gone.is_none());
-            let by_lease = owner.is_some_and(|(_, made)| transaction.deleted(&keys::session(&made.node)));
+            let owner = self.reserved.owner(id);
+            let by_lease = owner.is_some_and(|node| transaction.deleted(&keys::session(node)));
             gone.push((id.to_owned(), by_lease));
         }
         for (id, by_lease) in gone {
-            for ((_, _), made) in self.made.iter_mut().filter(|((of, _), made)| *of == id && made.gone.is_none()) {
+            for made in self.made_of(&id).filter(|made| made.gone.is_none()) {
                 made.gone = Some((at_ms, by_lease));
             }
             if by_lease {
                 self.outlived(at_ms, transaction.revision, &id);
             }
+            self.reserved.remove(&id);
+        }
+        for (id, _, claim) in transaction.puts::<record::Claim>(keys::CLAIMS) {
+            self.reserved.remove(id);
+            self.reserved.insert(id, &claim);
         }
         self.note_ends(transaction);
+    }
+
+    /// Counts the wanted instances as they are after a transaction; the state is the one before it.
+    pub(super) fn count_wanted(&mut self, transaction: &Transaction) {
+        let puts: Vec<(&str, record::Instance)> =
+            transaction.puts::<record::Instance>(keys::INSTANCES).map(|(id, _, instance)| (id, instance)).collect();
+        for id in puts.iter().map(|(id, _)| *id).chain(transaction.deletes(keys::INSTANCES)) {
+            let Some(before) = self.state.instances.get(id).filter(|before| before.value.wanted) else { continue };
+            let of = (before.value.deployment.clone(), before.value.revision);
+            let left = self.wanted.get(&of).map_or(0, |count| count.saturating_sub(1));
+            if left == 0 {
+                self.wanted.remove(&of)
+            } else {
+                self.wanted.insert(of, left)
+            };
+        }
+        for (_, instance) in puts.into_iter().filter(|(_, instance)| instance.wanted) {
+            *self.wanted.entry((instance.deployment, instance.revision)).or_default() += 1;
+        }
+    }
+
+    /// Remembers in which session a node has said what runs there: when it resumes that one it says it once more.
+    pub(super) fn note_inventory(&mut self, node: &str) {
+        if self.state.inventory(node).is_some()
+            && let Some(session) = self.state.sessions.get(node)
+        {
+            self.told_inventory.insert(node.to_owned(), session.value.session_id.clone());
+        }
+    }
+
+    /// What is remembered of an instance's claims.
+    fn made_of(&mut self, id: &str) -> impl Iterator<Item = &mut Made> {
+        let from = (id.to_owned(), Token::default());
+        let made = self.made.range_mut(from..);
+        let id = id.to_owned();
+        made.take_while(move |((of, _), _)| *of == id).map(|(_, made)| made)
     }
 
     /// Marks the claims whose runs may be ended from now on.

@@ -21,12 +21,15 @@ pub use rule::{Rule, Violation};
 pub use told::Said;
 
 use crate::{
-    plan::snapshot::Snapshot,
-    store::{Changes, Listing, records},
+    plan::snapshot::{Snapshot, Stored},
+    store::{Changes, Listing, keys, records},
 };
-use drover_proto::v1::Token;
+use drover_proto::{store::v1 as record, v1::Token};
 use history::{Made, Transaction};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 /// Violations that are kept in words; all are counted.
 const KEPT_MAX: usize = 100;
@@ -52,10 +55,14 @@ pub struct Checker {
     settings: Settings,
     /// S, then the state after it.
     state: Snapshot,
-    /// Leases that sessions hang on.
-    leases: BTreeMap<String, i64>,
+    /// How many instances of a deployment's revision are wanted.
+    wanted: BTreeMap<(String, u64), usize>,
+    /// Memory that claims reserve.
+    reserved: history::Reserved,
     /// Largest capacity that a node has named since its session was opened, in bytes.
     capacities: BTreeMap<String, i64>,
+    /// Sessions of nodes in which it was seen what runs there: the id of the last one, by node.
+    told_inventory: BTreeMap<String, String>,
     /// Claims by instance and token, and in the order in which they were made.
     made: BTreeMap<(String, Token), Made>,
     order: VecDeque<(String, Token)>,
@@ -70,7 +77,7 @@ pub struct Checker {
     renewals: BTreeMap<String, i64>,
     hosts: hosts::Hosts,
     violations: Vec<Violation>,
-    count: u64,
+    counts: BTreeMap<Rule, u64>,
 }
 
 impl Checker {
@@ -82,14 +89,18 @@ impl Checker {
 
     /// Takes the store as it is, without a verdict: to begin with, and after a gap in the history.
     pub fn begin(&mut self, listing: &Listing) {
-        self.state = records::snapshot(listing).0;
-        self.leases.clear();
-        for kv in &listing.items {
-            if let Some(node) = kv.key.strip_prefix(crate::store::keys::SESSIONS) {
-                self.leases.insert(node.to_owned(), kv.lease);
-            }
-        }
+        let items = listing.items.iter().filter(|kv| is_judged(&kv.key)).cloned().collect();
+        self.state = records::snapshot(&Listing { items, revision: listing.revision }).0;
+        self.state.nodes.values_mut().for_each(without_models);
         self.capacities.clear();
+        // What a session that stands has said before is not known.
+        let sessions = self.state.sessions.iter();
+        self.told_inventory = sessions.map(|(node, s)| (node.clone(), s.value.session_id.clone())).collect();
+        self.wanted.clear();
+        for instance in self.state.instances.values().map(|i| &i.value).filter(|i| i.wanted) {
+            *self.wanted.entry((instance.deployment.clone(), instance.revision)).or_default() += 1;
+        }
+        self.reserved = history::Reserved::of(&self.state);
         let standing: Vec<_> = self.state.claims.iter().map(|(id, claim)| (id.clone(), claim.clone())).collect();
         for (id, claim) in standing {
             let token = Token { generation: self.state.generation(), revision: claim.mod_revision };
@@ -97,13 +108,37 @@ impl Checker {
         }
     }
 
+    /// Takes the store as it is after it was set back to a copy: its revisions come again, and what was true of sessions and
+    /// claims is not. Tokens of before are remembered.
+    pub fn restored(&mut self, at_ms: i64, listing: &Listing) {
+        let highest = self.made.keys().map(|(_, token)| token.generation).fold(self.state.generation(), u64::max);
+        self.made.values_mut().filter(|made| made.gone.is_none()).for_each(|made| made.gone = Some((at_ms, false)));
+        self.begin(listing);
+        self.hellos.clear();
+        self.welcomed.clear();
+        self.past.clear();
+        let (generation, sessions, claims) =
+            (self.state.generation(), self.state.sessions.len(), self.state.claims.len());
+        if generation <= highest || sessions + claims > 0 {
+            let message =
+                format!("generation {generation} after {highest}, {sessions} sessions and {claims} claims are left");
+            self.violation(Rule::RestoredAsItWas, listing.revision, at_ms, "store".to_owned(), message);
+        }
+    }
+
     /// Takes changes of the history, in their order; `at_ms` is when they were made, in milliseconds since the epoch.
     pub fn store(&mut self, at_ms: i64, changes: &Changes) {
         for transaction in Transaction::split(changes) {
+            self.count_wanted(&transaction);
             self.judge(at_ms, &transaction);
-            for change in &transaction.changes {
+            for change in transaction.changes.iter().filter(|change| is_judged(change.key())) {
                 // What can't be decoded is the business of whoever reads it.
                 let _ = records::apply(&mut self.state, change);
+                if let Some(node) = change.key().strip_prefix(keys::NODES)
+                    && let Some(stored) = self.state.nodes.get_mut(node)
+                {
+                    without_models(stored);
+                }
             }
             self.state.revision = transaction.revision;
             self.after(at_ms, &transaction);
@@ -130,7 +165,7 @@ impl Checker {
     }
 
     fn violation(&mut self, rule: Rule, revision: i64, at_ms: i64, object: String, message: String) {
-        self.count += 1;
+        *self.counts.entry(rule).or_default() += 1;
         if self.violations.len() < KEPT_MAX {
             self.violations.push(Violation { rule, revision, at_ms, object, message });
         }
@@ -139,7 +174,7 @@ impl Checker {
     /// Forgets what other rules were broken: for a part of the world on its own, where they say nothing.
     pub fn forget_all_but(&mut self, rule: Rule) {
         self.violations.retain(|violation| violation.rule == rule);
-        self.count = u64::try_from(self.violations.len()).unwrap_or(u64::MAX);
+        self.counts.retain(|broken, _| *broken == rule);
     }
 
     /// The state after all that was taken.
@@ -154,9 +189,20 @@ impl Checker {
         &self.violations
     }
 
-    /// How many there were.
+    /// How many there were, by rule.
     #[must_use]
-    pub fn count(&self) -> u64 {
-        self.count
+    pub fn counts(&self) -> &BTreeMap<Rule, u64> {
+        &self.counts
     }
+}
+
+/// Whether a key is one that a rule looks at: of the others nothing is kept.
+fn is_judged(key: &str) -> bool {
+    const NOT: [&str; 5] = [keys::EVENTS, keys::REVISIONS, keys::UNPLACED, keys::COMMANDS, keys::ANSWERS];
+    !NOT.iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// The list of model files is most of a node's record, and no rule looks at it.
+fn without_models(node: &mut Arc<Stored<record::Node>>) {
+    Arc::make_mut(node).value.models = None;
 }

@@ -29,18 +29,23 @@ pub enum Rule {
     StaleEffect,
     /// So is the record of a run.
     StaleRun,
+    /// A status does not follow one under the same token that came by a newer stream of its node.
+    OlderReport,
     /// A run's record goes with a valid report of its node, with its instance or its node, or once no claim covers it.
     RunRemoved,
     /// A creation makes no more wanted instances of a deployment's present revision than it asks for.
     SurplusInstance,
     /// What was claimed before is offered elsewhere no sooner than the grace period after its leader began.
     ReplacedInGrace,
-    /// A node that has just joined is offered nothing before its inventory was seen.
+    /// A node that has just joined is offered nothing before it has said in that session what runs there; one that never
+    /// says it is waited for as long as the grace period.
     OfferedBeforeInventory,
     /// A welcome resumes the session that its hello has named, and no other that stood.
     SessionHandedOver,
     /// Each welcome names a revision of the session that was written after its hello came.
     ResumedWithoutBump,
+    /// A restore raises the generation above all that were given, and leaves no session and no claim.
+    RestoredAsItWas,
     /// Every token that is told is of the store's generation.
     TokenOfOtherGeneration,
     /// The token of a claim that is answered as made is in the history, with the node and the nonce of the request.
@@ -70,6 +75,29 @@ pub enum Rule {
     Panicked,
     /// When all faults have ended the fleet comes to what was asked of it.
     EndState,
+}
+
+impl Rule {
+    /// Those that the store's history alone shows broken, which every replica sees.
+    pub const OF_HISTORY: [Self; 17] = [
+        Self::SecondClaim,
+        Self::ClaimNotByTransaction,
+        Self::ClaimWithoutLease,
+        Self::ClaimOfMovedSession,
+        Self::ClaimNotOffered,
+        Self::OfferServedTwice,
+        Self::ClaimUnderHalt,
+        Self::Oversold,
+        Self::SessionRewritten,
+        Self::ClaimVanished,
+        Self::StaleEffect,
+        Self::StaleRun,
+        Self::OlderReport,
+        Self::RunRemoved,
+        Self::SurplusInstance,
+        Self::ReplacedInGrace,
+        Self::OfferedBeforeInventory,
+    ];
 }
 
 impl fmt::Display for Rule {

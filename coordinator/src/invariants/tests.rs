@@ -1,5 +1,7 @@
 //! Each rule: a history that is in order breaks none, and one with a single thing changed breaks that rule.
 
+mod cost;
+
 use super::*;
 use crate::store::{Backend, Op, Txn, keys, memory::Memory, records::put};
 use drover_proto::{
@@ -268,6 +270,23 @@ async fn effects_of_a_stale_token_are_seen() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_report_by_an_older_stream_after_one_by_a_newer_is_seen() {
+    let mut world = World::new().await;
+    let token = world.owned().await;
+    let by = |stream_revision| {
+        let status = record::Status { token: Some(token), node: "a".to_owned(), stream_revision, ..Default::default() };
+        vec![put(keys::status("m-1"), &status, 0)]
+    };
+    for stream in [5, 9, 0] {
+        world.write(by(stream)).await;
+    }
+    assert_eq!(world.rules(), [], "one that does not say it is of an older program");
+    world.write(by(9)).await;
+    world.write(by(5)).await;
+    assert_eq!(world.rules(), [Rule::OlderReport]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_the_reconciler_does_too_soon_or_too_often_is_seen() {
     let mut world = World::new().await;
     world.offers("m-1", &["a"]).await;
@@ -284,6 +303,58 @@ async fn what_the_reconciler_does_too_soon_or_too_often_is_seen() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_offer_to_a_node_that_has_not_said_what_runs_there_is_seen() {
+    let mut world = World::new().await;
+    let told = |session: &str| {
+        put(keys::node("c"), &record::Node { inventory_of: session.to_owned(), ..Default::default() }, 0)
+    };
+    let session = |id: &str, version| {
+        let session_id = id.to_owned();
+        let opened_at = Some(crate::control::clock::timestamp(NOW));
+        put(keys::session("c"), &record::Session { session_id, opened_at, version, ..Default::default() }, 0)
+    };
+    world.write(vec![session("first", 1), told("")]).await;
+    world.now_ms = NOW + GRACE - 1;
+    world.offers("m-1", &["a", "c"]).await;
+    assert_eq!(world.rules(), [Rule::OfferedBeforeInventory]);
+    world.offers("m-1", &["a", "c"]).await;
+    assert_eq!(world.rules().len(), 1, "the same offer, written once more");
+    world.write(vec![told("first")]).await;
+    // On another stream of the same session it says it once more.
+    world.write(vec![session("first", 2), told("")]).await;
+    world.now_ms = NOW + GRACE - 2;
+    world.offers("m-1", &["c"]).await;
+    assert_eq!(world.rules().len(), 1);
+    world.write(vec![Op::Delete(keys::session("c"))]).await;
+    world.write(vec![session("second", 1), told("first")]).await;
+    world.now_ms = NOW + GRACE - 3;
+    world.offers("m-1", &["c"]).await;
+    assert_eq!(world.rules().len(), 2, "that was another session");
+    world.now_ms = NOW + GRACE;
+    world.offers("m-1", &["c"]).await;
+    assert_eq!(world.rules().len(), 2, "it is waited for no longer than that");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restore_that_does_not_raise_the_generation_or_leaves_claims_is_seen() {
+    let mut world = World::new().await;
+    let token = world.owned().await;
+    let copy = world.store.copy();
+    world.store.restore(&copy, 2);
+    let as_it_was = world.store.list("").await.unwrap();
+    world.checker.restored(NOW, &as_it_was);
+    assert_eq!(world.rules(), [Rule::RestoredAsItWas]);
+    crate::store::restore::finish(&(Arc::new(world.store.clone()) as crate::store::Store), 0).await.unwrap();
+    let restored = world.store.list("").await.unwrap();
+    world.checker.restored(NOW, &restored);
+    assert_eq!((world.rules().len(), world.checker.state().generation()), (1, 2));
+    // What the owner from before says is an effect of a stale token.
+    world.judged = restored.revision;
+    world.write(vec![World::status("a", "m-1", token, InstanceState::Ready)]).await;
+    assert_eq!(world.rules()[1..], [Rule::StaleEffect]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_told_is_held_against_the_history() {
     let mut world = World::new().await;
     let token = world.owned().await;
@@ -297,7 +368,7 @@ async fn what_is_told_is_held_against_the_history() {
     assert_eq!(told(&mut world, "a", &claimed(token, "other")), [Rule::AnsweredUnknownClaim]);
     assert_eq!(told(&mut world, "b", &claimed(token, "n")), [Rule::AnsweredUnknownClaim]);
     let other = Token { generation: 2, ..token };
-    assert_eq!(told(&mut world, "a", &claimed(other, "n")), [Rule::AnsweredUnknownClaim, Rule::TokenOfOtherGeneration]);
+    assert_eq!(told(&mut world, "a", &claimed(other, "n")), [Rule::TokenOfOtherGeneration, Rule::AnsweredUnknownClaim]);
 
     let order = |yields_to, revision| {
         let end_runs = vec![EndRun { instance: "m-1".to_owned(), yields_to }];

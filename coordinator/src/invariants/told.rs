@@ -80,6 +80,7 @@ impl Checker {
             }
             Said::Claims(set) => self.set(set, &mut broken),
             Said::Claimed { instance, nonce, token } => {
+                self.generation(*token, &mut broken);
                 let key = ((*instance).to_owned(), *token);
                 let made = self.made.get(&key).is_some_and(|made| made.node == node && made.nonce == *nonce);
                 if !made {
@@ -87,7 +88,6 @@ impl Checker {
                         format!("{node} was told that it owns {instance} under {token}: no such claim was made");
                     broken.push((Rule::AnsweredUnknownClaim, message));
                 }
-                self.generation(*token, &mut broken);
             }
         }
         for (rule, message) in broken {

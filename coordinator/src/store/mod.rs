@@ -10,6 +10,7 @@ pub mod keys;
 pub mod memory;
 pub mod pack;
 pub mod records;
+pub mod restore;
 pub mod schema;
 
 use async_trait::async_trait;

@@ -40,20 +40,28 @@ impl Step {
 #[must_use]
 pub fn pack<T>(items: Vec<T>, beside: usize, step: impl Fn(&T) -> &Step) -> Vec<Vec<T>> {
     let mut runs: Vec<Vec<T>> = Vec::new();
-    let (mut compares, mut ops, mut bytes) = (beside, 0, 0);
+    // What the steps of the last run compare.
+    let mut compared: Vec<Compare> = Vec::new();
+    let (mut ops, mut bytes) = (0, 0);
     for item in items {
         let next = step(&item);
-        let (c, o, b) = (next.compare.len(), next.then.len(), next.bytes());
-        let fits = compares + c <= OPERATIONS_MAX && ops + o <= OPERATIONS_MAX && bytes + b <= BYTES_MAX;
+        let (o, b) = (next.then.len(), next.bytes());
+        let more = next.compare.iter().filter(|compare| !compared.contains(compare)).count();
+        let fits =
+            beside + compared.len() + more <= OPERATIONS_MAX && ops + o <= OPERATIONS_MAX && bytes + b <= BYTES_MAX;
+        if !fits {
+            compared.clear();
+            (ops, bytes) = (0, 0);
+        }
+        for compare in &next.compare {
+            if !compared.contains(compare) {
+                compared.push(compare.clone());
+            }
+        }
+        (ops, bytes) = (ops + o, bytes + b);
         match runs.last_mut().filter(|_| fits) {
-            Some(run) => {
-                run.push(item);
-                (compares, ops, bytes) = (compares + c, ops + o, bytes + b);
-            }
-            None => {
-                runs.push(vec![item]);
-                (compares, ops, bytes) = (beside + c, o, b);
-            }
+            Some(run) => run.push(item),
+            None => runs.push(vec![item]),
         }
     }
     runs
@@ -82,6 +90,8 @@ mod tests {
         assert_eq!(sizes(vec![step(0, 1, BYTES_MAX), step(1, 1, 1), step(2, 1, BYTES_MAX)], 0), [1, 1, 1]);
         assert_eq!(sizes(vec![step(0, 1, 1), step(1, 200, 1), step(2, 1, 1)], 0), [1, 1, 1], "the store refuses it");
         assert!(sizes(vec![], 1).is_empty());
+        let shared = |n: usize| Step { compare: vec![Compare::Exists("d".to_owned())], ..step(n, 0, 1) };
+        assert_eq!(sizes((0..200).map(shared).collect(), 100), [128, 72], "what several compare is compared once");
     }
 
     #[test]

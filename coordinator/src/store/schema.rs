@@ -166,7 +166,7 @@ async fn name(store: &Store, schema: Stored<Schema>) -> Result<Stored<Schema>, E
 }
 
 /// Whether this program may use a store of this kind.
-fn check(schema: &Schema) -> Result<(), Error> {
+pub(super) fn check(schema: &Schema) -> Result<(), Error> {
     let (oldest_writer, format, ours) = (schema.oldest_writer, schema.format, FORMAT);
     if oldest_writer > ours {
         return Err(Error::TooOld { oldest_writer, ours });

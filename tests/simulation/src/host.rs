@@ -135,6 +135,15 @@ impl Host {
         }
     }
 
+    /// An operator ends the server of an instance.
+    pub fn ended_by_operator(&self, instance: &str) {
+        let of_it = |(pid, server): (&i32, &Server)| (server.instance == instance && !server.held).then_some(*pid);
+        let pid = lock(&self.inner).servers.iter().find_map(of_it);
+        if let Some(pid) = pid {
+            self.end(pid);
+        }
+    }
+
     /// All processes are gone, the disk stays.
     pub fn reboot(&self) {
         let pids: Vec<i32> = {

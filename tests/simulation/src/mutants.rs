@@ -5,7 +5,13 @@ use crate::{
     run::{Options, overtaken, run},
 };
 use drover_coordinator::invariants::Rule;
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+/// Mutants that are tried at the same time.
+const THREADS: usize = 2;
 
 /// A breakage.
 #[derive(Debug)]
@@ -142,6 +148,30 @@ pub const ALL: &[Mutant] = &[
         named_by: &[Rule::SurplusInstance],
         by: By::More(Towards::LateCommits),
     },
+    Mutant {
+        name: "offers-before-inventory",
+        breaks: "a node is offered instances before it has said what runs there",
+        named_by: &[Rule::OfferedBeforeInventory],
+        by: By::More(Towards::LostSessions),
+    },
+    Mutant {
+        name: "token-without-generation",
+        breaks: "tokens are told without the store's generation",
+        named_by: &[Rule::TokenOfOtherGeneration],
+        by: By::More(Towards::Restores),
+    },
+    Mutant {
+        name: "generation-stays",
+        breaks: "a restore does not raise the generation",
+        named_by: &[Rule::RestoredAsItWas],
+        by: By::More(Towards::Restores),
+    },
+    Mutant {
+        name: "reports-of-an-older-stream",
+        breaks: "what a node has said on an older stream replaces what it has said since",
+        named_by: &[Rule::OlderReport],
+        by: By::More(Towards::HaltedCoordinators),
+    },
 ];
 
 /// One of them.
@@ -152,18 +182,25 @@ pub fn named(name: &str) -> Option<&'static Mutant> {
 
 /// Tries all, or one; each must be caught by a seed which is in order without it.
 pub fn all(only: Option<&str>, seeds: u64) -> ExitCode {
-    let mut lives = 0;
-    let mut tried = 0;
-    for mutant in ALL.iter().filter(|mutant| only.is_none_or(|name| name == mutant.name)) {
-        tried += 1;
-        match caught(mutant, seeds) {
-            Ok(text) => println!("caught   {:<32} {text}", mutant.name),
-            Err(text) => {
-                lives += 1;
-                println!("LIVES    {:<32} {text}", mutant.name);
-            }
+    let chosen: Vec<&Mutant> = ALL.iter().filter(|mutant| only.is_none_or(|name| name == mutant.name)).collect();
+    let (next, living) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    // A mutant is chosen for a thread.
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                while let Some(mutant) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    match caught(mutant, seeds) {
+                        Ok(text) => println!("caught   {:<32} {text}", mutant.name),
+                        Err(text) => {
+                            living.fetch_add(1, Ordering::Relaxed);
+                            println!("LIVES    {:<32} {text}", mutant.name);
+                        }
+                    }
+                }
+            });
         }
-    }
+    });
+    let (tried, lives) = (chosen.len(), living.into_inner());
     if tried == 0 {
         eprintln!(
             "error: there is no mutant of that name; there are: {}",

@@ -47,6 +47,10 @@ pub enum Step {
     SlowWatch { coordinator: usize, lag_ms: u64, ms: u64 },
     /// The store's history is compacted.
     Compact,
+    /// A copy of the store's content is taken.
+    Copy,
+    /// All coordinators are ended, the store is set back to the last copy, and they are started again later.
+    Restore { ms: u64 },
     /// Leases get their full time again, as after a change of etcd's leader.
     NewEtcdLeader,
 }
@@ -105,9 +109,24 @@ impl Plan {
                 steps.push((chance.between(3000, chaos_ms), Step::fault(&mut chance, count, coordinators)));
             }
         }
+        // Of a stream of its own: the other steps of a seed are what they were.
+        let mut chance = Chance::new(seed, "restore");
+        if !calm && chance.permille(120) {
+            steps.extend(restores(&mut chance, 5000, chaos_ms));
+        }
         steps.sort_by_key(|(at, _)| *at);
         Self { settings, nodes, steps, chaos_ms }
     }
+}
+
+/// A restore between two times, in milliseconds; some are done twice, from one copy.
+fn restores(chance: &mut Chance, from_ms: u64, until_ms: u64) -> Vec<(u64, Step)> {
+    let copied = chance.between(from_ms, until_ms * 3 / 4);
+    let mut steps = vec![(copied, Step::Copy)];
+    for _ in 0..=u64::from(chance.permille(300)) {
+        steps.push((chance.between(copied + 100, until_ms), Step::Restore { ms: chance.spread_ms(50, 15_000) }));
+    }
+    steps
 }
 
 impl Plan {
@@ -116,7 +135,7 @@ impl Plan {
     pub fn towards(self, what: Towards) -> Self {
         let mut plan = self;
         let mut chance = Chance::new(plan.settings.seed, "towards");
-        let agents = plan.nodes.len();
+        let (agents, coordinators) = (plan.nodes.len(), plan.settings.coordinators);
         let agent =
             |chance: &mut Chance| usize::try_from(chance.between(0, u64::try_from(agents).unwrap_or(1))).unwrap_or(0);
         plan.settings.offer_deadline_ms = 60_000;
@@ -131,6 +150,28 @@ impl Plan {
             Towards::LateCommits => {
                 plan.settings.bad_calls = 0;
                 plan.settings.late_commits = 200;
+            }
+            Towards::HaltedCoordinators => {
+                plan.settings.ttl_ms = 4000;
+                plan.settings.bad_calls = 0;
+                for n in 0..24 {
+                    let coordinator = usize::try_from(n).unwrap_or(0) % coordinators;
+                    plan.steps.push((3000 + n * 2500, Step::PauseCoordinator { coordinator, ms: 4500 }));
+                    let replicas = i32::try_from(chance.between(1, 3)).unwrap_or(1);
+                    let apply = Step::Apply { name: "m0".to_owned(), replicas, changed: true };
+                    plan.steps.push((2500 + n * 2500 + chance.between(0, 2000), apply));
+                }
+            }
+            Towards::Restores => {
+                plan.settings.bad_calls = 0;
+                plan.steps.extend(restores(&mut chance, 8000, 30_000));
+            }
+            Towards::LostSessions => {
+                plan.settings.bad_calls = 0;
+                for n in 0..12 {
+                    let cut = Step::Cut { agent: agent(&mut chance), to: None, up: true, down: true, ms: 15_000 };
+                    plan.steps.push((6000 + n * 3000, cut));
+                }
             }
             Towards::UsedOffers => {
                 plan.settings.ttl_ms = 2000;
@@ -147,12 +188,18 @@ impl Plan {
 }
 
 /// What a breakage needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub enum Towards {
     /// Calls linger while their session is resumed.
     MovedSessions,
     /// Writes of the leader are answered late, or never.
     LateCommits,
+    /// Coordinators are halted with what they were told, and go on later.
+    HaltedCoordinators,
+    /// The store is set back to a copy.
+    Restores,
+    /// Nodes lose their sessions, and come back with what runs on them.
+    LostSessions,
     /// Calls linger while the owner of what they claim is lost.
     UsedOffers,
 }

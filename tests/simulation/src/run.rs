@@ -2,7 +2,7 @@
 
 use crate::{
     agent::{self, Agent},
-    coordinator,
+    asked, coordinator,
     host::{Host, UNIT},
     network::Reach,
     plan::{Plan, Step},
@@ -11,17 +11,11 @@ use crate::{
 };
 use drover_coordinator::{
     invariants::{Rule, Violation},
-    plan::snapshot::Snapshot,
-    store::{Backend as _, Op, Txn, keys, records},
+    store::{Backend as _, Op, Store, Txn, keys, memory, records, restore},
 };
-use drover_proto::{
-    mutant,
-    store::v1 as record,
-    v1::{DeploymentSpec, InstanceState},
-    world::simulated::Process,
-};
+use drover_proto::{mutant, store::v1 as record, v1::DeploymentSpec, world::simulated::Process};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -140,6 +134,8 @@ struct Fleet {
     agents: Mutex<Vec<Option<Agent>>>,
     coordinators: Mutex<Vec<Option<Process>>>,
     deployments: Mutex<BTreeMap<String, u64>>,
+    /// The last copy of the store's content.
+    copy: Mutex<Option<memory::Copy>>,
 }
 
 impl Fleet {
@@ -151,6 +147,7 @@ impl Fleet {
             agents: Mutex::new(agents),
             coordinators: Mutex::new(coordinators),
             deployments: Mutex::default(),
+            copy: Mutex::default(),
         }
     }
 
@@ -204,7 +201,8 @@ impl Fleet {
         let mut reached_since = None;
         let begun = tokio::time::Instant::now();
         loop {
-            let lacks = self.lacks();
+            self.end_foreign();
+            let lacks = asked::lacks(&self.sim);
             match (&lacks, reached_since) {
                 (None, None) => reached_since = Some(tokio::time::Instant::now()),
                 (None, Some(since)) if tokio::time::Instant::now() - since > CALM => return,
@@ -226,6 +224,10 @@ impl Fleet {
         for n in 0..self.sim.settings.coordinators {
             if let Some(process) = lock(&self.coordinators)[n] {
                 self.sim.resume(process);
+            }
+            // One that was told to end is there no more.
+            if lock(&self.sim.network).serving[n].is_none() {
+                self.kill_coordinator(n);
             }
             self.start_coordinator(n);
         }
@@ -322,7 +324,47 @@ impl Fleet {
                 let at = sim.judge(|checker, _| checker.state().revision);
                 let _ = sim.store.compact(at);
             }
+            Step::Copy => *lock(&self.copy) = Some(sim.store.copy()),
+            Step::Restore { ms } => {
+                for n in 0..sim.settings.coordinators {
+                    self.kill_coordinator(n);
+                }
+                self.restore().await;
+                for n in 0..sim.settings.coordinators {
+                    self.later(ms, move |fleet| fleet.start_coordinator(n));
+                }
+            }
             Step::NewEtcdLeader => sim.store.refresh_leases(),
+        }
+    }
+
+    /// The operator sets the store back to the last copy.
+    async fn restore(&self) {
+        let Some(copy) = lock(&self.copy).clone() else { return };
+        let sim = &self.sim;
+        let known = sim.judge(|checker, _| checker.state().generation());
+        sim.store.restore(&copy, sim.store.cluster_id().await.unwrap_or(0) + 1);
+        let store: Store = Arc::new(sim.store.clone());
+        match restore::finish(&store, known).await {
+            Ok(schema) => sim.tell(|| format!("the store goes on from {}: {:?}", schema.mod_revision, schema.value)),
+            Err(error) => sim.judge(|checker, now| checker.not_reached(now, &format!("a restore fails: {error}"))),
+        }
+        sim.restored().await;
+    }
+
+    /// The operator ends servers that were claimed before a restore, of instances that the copy does not know: nobody else
+    /// may.
+    fn end_foreign(&self) {
+        let (known, generation) = self.sim.judge(|checker, _| {
+            let state = checker.state();
+            (state.instances.keys().cloned().collect::<BTreeSet<_>>(), state.generation())
+        });
+        for host in &self.sim.hosts {
+            for (id, token, _) in host.live() {
+                if token.generation < generation && !known.contains(&id) {
+                    host.ended_by_operator(&id);
+                }
+            }
         }
     }
 
@@ -369,72 +411,5 @@ impl Fleet {
     async fn write(&self, then: Vec<Op>) {
         // The twin refuses nothing that is well formed.
         let _ = self.sim.store.txn(Txn { then, ..Txn::default() }).await;
-    }
-
-    /// What is still missing to what was asked for.
-    fn lacks(&self) -> Option<String> {
-        let state: Snapshot = self.sim.judge(|checker, _| checker.state().clone());
-        let live: Vec<_> = self
-            .sim
-            .hosts
-            .iter()
-            .flat_map(|host| host.live().into_iter().map(|(id, token, ready)| (host.node.clone(), id, token, ready)))
-            .collect();
-        state.leader.as_ref()?;
-        for host in &self.sim.hosts {
-            let Some(session) = state.sessions.get(&host.node) else {
-                return Some(format!("{} has no session", host.node));
-            };
-            if session.value.session_id != host.session_id() {
-                return Some(format!("{} knows another session than the store", host.node));
-            }
-        }
-        let mut claimed = 0;
-        for (name, deployment) in &state.deployments {
-            if deployment.value.deleting {
-                return Some(format!("{name} is not gone yet"));
-            }
-            let of = state.instances_of(name).filter(|(_, i)| i.value.wanted).collect::<Vec<_>>();
-            let right = of.iter().filter(|(_, i)| i.value.revision == deployment.value.revision).count();
-            if i32::try_from(right).ok() != Some(deployment.value.replicas) || of.len() != right {
-                return Some(format!(
-                    "{name}: {right} of {} instances are wanted, {} in all",
-                    deployment.value.replicas,
-                    of.len()
-                ));
-            }
-            for (id, _) in of {
-                let Some(claim) = state.claims.get(id) else { return Some(format!("{id} is not claimed")) };
-                if state.state(id) != InstanceState::Ready {
-                    return Some(format!("{id} is {}", state.state(id).as_str_name()));
-                }
-                let token = state.token(id);
-                let there: Vec<_> = live.iter().filter(|(_, of, _, _)| of == id).collect();
-                let right = matches!(there[..], [(node, _, on_disk, true)] if *node == claim.value.node && Some(*on_disk) == token);
-                if !right {
-                    return Some(format!(
-                        "{id} is claimed by {} under {token:?}; there live {there:?}",
-                        claim.value.node
-                    ));
-                }
-                claimed += 1;
-            }
-        }
-        if live.len() != claimed {
-            return Some(format!("{} servers live, {claimed} are asked for: {live:?}", live.len()));
-        }
-        // Records of older runs whose end nobody could report are left to the full reconcile.
-        let lost = state
-            .claims
-            .keys()
-            .find(|id| !state.token(id).is_some_and(|t| state.runs.contains_key(&format!("{id}/{t}"))));
-        if let Some(id) = lost {
-            return Some(format!("the run of {id} has no record"));
-        }
-        if state.instances.len() != claimed || state.claims.len() != claimed {
-            let (instances, claims) = (state.instances.len(), state.claims.len());
-            return Some(format!("{claimed} are asked for; there are {instances} instances and {claims} claims"));
-        }
-        None
     }
 }

@@ -6,7 +6,7 @@
 use crate::{chance::Chance, host::Host, network::Network, trace::Trace};
 use drover_coordinator::{
     invariants::{self, Checker},
-    store::memory::Memory,
+    store::{Backend as _, memory::Memory},
 };
 use drover_proto::world::simulated::{self, Process, Turn};
 use std::{
@@ -218,6 +218,16 @@ impl Sim {
             judge.checker.store(now, &changes);
         }
         with(&mut judge.checker, now)
+    }
+
+    /// The store was set back to a copy.
+    pub async fn restored(&self) {
+        // The twin refuses no reader.
+        let Ok(listing) = self.store.list("").await else { return };
+        let now = self.wall_ms();
+        let mut judge = lock(&self.judge);
+        judge.judged = listing.revision;
+        judge.checker.restored(now, &listing);
     }
 
     /// What an agent takes for its deadline is compared with its session's lease.

@@ -171,7 +171,8 @@ impl Opening<'_> {
                 // It is kept for an agent that can't come back for it.
                 let ends = record::Session { version: session.version + 1, absent_until: None, ..session.clone() };
                 let then = vec![records::put(keys::session(node), &ends, session.lease)];
-                store.txn(Txn { compare: vec![unmoved], then, otherwise: vec![] }).await?;
+                self.compare.push(unmoved);
+                store.txn(Txn { compare: self.compare, then, otherwise: vec![] }).await?;
             }
             return Err(refused(reason::SESSION_EXISTS, withheld.message));
         }

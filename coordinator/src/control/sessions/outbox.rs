@@ -118,7 +118,10 @@ fn claim_set(snapshot: &Snapshot, shares: &Shares, node: &str, runs: &[RecordedR
         let instance = snapshot.instances.get(id);
         OwnedClaim {
             instance: id.clone(),
-            token: Some(Token { generation: snapshot.generation(), revision: claim.mod_revision }),
+            token: Some(Token {
+                generation: mutant::told_generation(snapshot.generation()),
+                revision: claim.mod_revision,
+            }),
             // What nobody has withdrawn goes on: a record that can't be read is not one that says no.
             wanted: instance.map_or_else(|| snapshot.is_unreadable(id), |i| i.value.wanted),
             spec: instance.and_then(|i| snapshot.spec_of(&i.value)).cloned(),

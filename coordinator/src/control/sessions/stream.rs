@@ -187,7 +187,7 @@ impl Sessions {
         let (beats, heartbeats) = mpsc::channel(4);
         let (reports, reported) = mpsc::channel(REPORTS);
         let renew = renew(self.store.clone(), opened.lease, self.settings.ttl, heartbeats, answers.clone());
-        let record = record_reports(self.statuses.clone(), node.clone(), reported, answers.clone());
+        let record = record_reports(self.statuses.clone(), node.clone(), opened.revision, reported, answers.clone());
         let (tell, told) = watch::channel(Told::default());
         let node_record = node_record::keep(self.store.clone(), node.clone(), (opened.joined_at, opened.schema), told);
         let (answer, answered) = mpsc::channel(ANSWERS);
@@ -484,6 +484,7 @@ async fn renew(store: Store, lease: i64, ttl: Duration, mut heartbeats: mpsc::Re
 async fn record_reports(
     statuses: Statuses,
     node: String,
+    stream: i64,
     mut reported: mpsc::Receiver<StatusReport>,
     answers: Answers,
 ) {
@@ -491,7 +492,7 @@ async fn record_reports(
     while reported.recv_many(&mut batch, 64).await > 0 {
         let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
         let latest: Vec<StatusReport> = latest.into_values().collect();
-        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, &latest, &mut written).await) {
+        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, stream, &latest, &mut written).await) {
             match recorded {
                 Ok(accepted) => {
                     let (instance, state) = (report.instance.clone(), report.state);

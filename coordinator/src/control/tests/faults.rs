@@ -47,8 +47,8 @@ async fn a_report_of_an_earlier_generation_waits_for_nothing() {
     let token = Some(Token { generation: 0, revision: i64::MAX });
     let stale = StatusReport { instance: "m-222222".to_owned(), token, ..StatusReport::default() };
     let other = StatusReport { instance: "m-333333".to_owned(), ..stale.clone() };
-    assert_eq!(world.statuses.record("a", &stale).await, Ok(false));
-    assert_eq!(world.statuses.record_all("a", &[stale, other], &mut 0).await, [Ok(false), Ok(false)]);
+    assert_eq!(world.statuses.record("a", 1, &stale).await, Ok(false));
+    assert_eq!(world.statuses.record_all("a", 1, &[stale, other], &mut 0).await, [Ok(false), Ok(false)]);
 }
 
 #[tokio::test]
@@ -67,17 +67,57 @@ async fn a_report_that_commits_late_does_not_overwrite_a_later_one() {
     world.view.at_least(token.revision, WAIT).await.unwrap();
     world.events_settled().await;
     faulty.hold.store(true, SeqCst);
-    assert!(world.statuses.record("a", &report(InstanceState::Loading)).await.is_err());
+    assert!(world.statuses.record("a", 1, &report(InstanceState::Loading)).await.is_err());
     // The agent has moved to another stream and tells its present state there.
-    assert!(world.statuses.record("a", &report(InstanceState::Ready)).await.unwrap());
+    assert!(world.statuses.record("a", 1, &report(InstanceState::Ready)).await.unwrap());
     faulty.commit_held().await;
     let status: record::Status =
         records::decode(&world.store.get(&keys::status("m-222222")).await.unwrap().unwrap()).unwrap();
     assert_eq!(status.state(), InstanceState::Ready);
     // Reports in a row are recorded though the view may not have seen the one before.
     for state in [InstanceState::Suspect, InstanceState::Ready, InstanceState::Draining] {
-        assert!(world.statuses.record("a", &report(state)).await.unwrap());
+        assert!(world.statuses.record("a", 1, &report(state)).await.unwrap());
     }
+}
+
+#[tokio::test]
+async fn what_an_agent_has_said_on_an_older_stream_does_not_replace_what_it_has_said_since() {
+    let (world, faulty) = faulty_world().await;
+    world.deployment("m", 1).await;
+    let a = world.node("a", 100).await;
+    let offer = world.offered("m-222222", &["a"]).await;
+    let (token, _) = world.claim("a", "m-222222", a, offer).await.unwrap();
+    let report = |state: InstanceState| StatusReport {
+        instance: "m-222222".to_owned(),
+        token: Some(token),
+        state: state.into(),
+        ..StatusReport::default()
+    };
+    let stored = async || {
+        let kv = world.store.get(&keys::status("m-222222")).await.unwrap().unwrap();
+        let status: record::Status = records::decode(&kv).unwrap();
+        (status.state(), status.stream_revision)
+    };
+    let (first, second, third) = (token.revision, token.revision + 10, token.revision + 20);
+    assert_eq!(world.statuses.record("a", first, &report(InstanceState::Starting)).await, Ok(true));
+    world.events_settled().await;
+    // Another coordinator, to which the agent has gone on, records it while this one is slow with an older report.
+    let ready = record::Status {
+        token: Some(token),
+        node: "a".to_owned(),
+        state: InstanceState::Ready.into(),
+        stream_revision: second,
+        ..record::Status::default()
+    };
+    let then = vec![records::put(keys::status("m-222222"), &ready, 0)];
+    faulty.before_next_txn(Txn { then, ..Txn::default() });
+    assert_eq!(world.statuses.record("a", first, &report(InstanceState::Loading)).await, Ok(false));
+    assert_eq!(stored().await, (InstanceState::Ready, second));
+    // The same state on yet another stream keeps out what was said on the one before.
+    assert_eq!(world.statuses.record("a", third, &report(InstanceState::Ready)).await, Ok(true));
+    assert_eq!(world.statuses.record("a", second, &report(InstanceState::Suspect)).await, Ok(false));
+    assert_eq!(stored().await, (InstanceState::Ready, third));
+    assert_eq!(world.statuses.record("a", third, &report(InstanceState::Suspect)).await, Ok(true));
 }
 
 #[tokio::test]
@@ -116,7 +156,7 @@ async fn whether_a_run_was_ready_is_known_after_its_claim_is_lost_and_another_ow
         let since = Some(prost_types::Timestamp { seconds: i64::try_from(seconds).unwrap(), nanos: 0 });
         let (instance, token) = ("m-222222".to_owned(), Some(token));
         let report = StatusReport { instance, token, state: state.into(), since, ..StatusReport::default() };
-        assert!(world.statuses.record("a", &report).await.unwrap());
+        assert!(world.statuses.record("a", 1, &report).await.unwrap());
     }
     let txn = Txn { then: vec![Op::Delete(keys::claim("m-222222"))], ..Txn::default() };
     let gone = world.store.txn(txn).await.unwrap().revision;
@@ -301,7 +341,7 @@ async fn a_report_from_before_a_restore_is_void_though_revisions_come_again() {
         ..StatusReport::default()
     };
     faulty.hold.store(true, SeqCst);
-    assert!(world.statuses.record("a", &report).await.is_err());
+    assert!(world.statuses.record("a", 1, &report).await.is_err());
     // The store is restored. The claim, for the sake of argument, is another one that was made at the same revision.
     let schema = world.view.snapshot().schema.clone().unwrap();
     let raised = record::Schema { generation: 2, ..schema.value.clone() };

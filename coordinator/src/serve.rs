@@ -5,8 +5,8 @@ use crate::{
     audit::{self, Audit},
     config::{Config, StoreKind},
     control::{
-        absences::Absences, claims::Claims, clock, cycle::Cycle, events::Events, leader, reach::Reach, seen::Rate,
-        sessions, status::Statuses, view::View,
+        absences::Absences, alarm::Alarm, claims::Claims, clock, cycle::Cycle, events::Events, leader, reach::Reach,
+        seen::Rate, sessions, status::Statuses, view::View,
     },
     gateway::Gateway,
     plan::{self, snapshot::Snapshot},
@@ -63,7 +63,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let audit = Audit::new(audit::Settings::from_env().context("the trace backend's settings")?);
     telemetry.start_export(audit.local_sink());
-    let view = View::start(store.clone(), stop.clone());
+    let alarm = Alarm::new(Duration::from_millis(config.session_ttl_ms));
+    let view = View::judged(store.clone(), alarm.clone(), stop.clone());
     let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
     let reach = Reach::start(store.clone(), view.clone(), events.clone(), stop.clone());
     let (leadership, mut election) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
@@ -105,7 +106,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stop.clone(),
     );
     let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
-    let probe = Arc::new(Probe { reach, audit, freeze_share_percent: config.freeze_share_percent });
+    let probe = Arc::new(Probe { reach, audit, alarm, freeze_share_percent: config.freeze_share_percent });
     let router = web::router(&gateway, view.subscribe(), probe);
     let mut http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
 
@@ -231,6 +232,7 @@ fn cycle(config: &Config, store: &Store, view: &View, events: &Events) -> Cycle 
 struct Probe {
     reach: Reach,
     audit: Audit,
+    alarm: Alarm,
     freeze_share_percent: u32,
 }
 
@@ -245,6 +247,10 @@ impl web::Probe for Probe {
 
     fn spans_received(&self) -> u64 {
         self.audit.counts().received
+    }
+
+    fn violations(&self) -> Vec<(String, u64)> {
+        self.alarm.counts()
     }
 }
 

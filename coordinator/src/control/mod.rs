@@ -1,11 +1,12 @@
 //! Control: what a coordinator does on its own account, above the store and below the API.
 //!
-//! Owns: the watched view of the store ([`view`]), whether it can be reached ([`reach`]), the election ([`leader`]), the cycle
+//! Owns: the watched view of the store ([`view`]), what in it breaks an invariant ([`alarm`]), whether it can be reached ([`reach`]), the election ([`leader`]), the cycle
 //! observe → plan → commit ([`cycle`]), agents' sessions ([`sessions`]), planned absences ([`absences`]) and claims
 //! ([`claims`]), what owners report ([`status`]), what
 //! operators ask of nodes ([`commands`]), and the record of what happened ([`events`]).
 
 pub mod absences;
+pub mod alarm;
 pub mod claims;
 pub mod clock;
 pub mod commands;

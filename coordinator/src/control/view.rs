@@ -4,6 +4,7 @@
 //! and publishes; handles read the last snapshot, which stays usable when the store is away. A store that is another one
 //! than before, or an older copy of it, is not shown: nothing may be decided from it ([`View::refused`]).
 
+use super::alarm::Alarm;
 use crate::{
     plan::snapshot::Snapshot,
     store::{Error, Store, keys, records, schema},
@@ -55,10 +56,20 @@ impl View {
     /// Starts the service; it runs until `stop`.
     #[must_use]
     pub fn start(store: Store, stop: CancellationToken) -> Self {
+        Self::with(store, None, stop)
+    }
+
+    /// As [`View::start`]; what is seen is judged too.
+    #[must_use]
+    pub fn judged(store: Store, alarm: Alarm, stop: CancellationToken) -> Self {
+        Self::with(store, Some(alarm), stop)
+    }
+
+    fn with(store: Store, alarm: Option<Alarm>, stop: CancellationToken) -> Self {
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
         let live = Live::default();
         let (refuse, refused) = watch::channel(None);
-        let service = Service { store, publish, live: live.clone(), refuse };
+        let service = Service { store, alarm, publish, live: live.clone(), refuse };
         tokio::spawn(world::task(async move {
             tokio::select! {
                 () = service.run() => {}
@@ -124,6 +135,7 @@ impl View {
 
 struct Service {
     store: Store,
+    alarm: Option<Alarm>,
     publish: watch::Sender<Arc<Snapshot>>,
     live: Live,
     refuse: watch::Sender<Option<String>>,
@@ -184,6 +196,9 @@ impl Service {
             tracing::error!(error = %problem, "a record of the store is left out");
         }
         self.check(&snapshot)?;
+        if let Some(alarm) = &self.alarm {
+            alarm.begin(&listing);
+        }
         self.live.set(Some(Instant::now()));
         self.refuse.send_if_modified(|before| before.take().is_some());
         self.publish.send_replace(Arc::new(snapshot.clone()));
@@ -192,6 +207,9 @@ impl Service {
             let mut rewritten = false;
             // Whatever has arrived meanwhile goes into the same snapshot.
             while let Some(changes) = next {
+                if let Some(alarm) = &self.alarm {
+                    alarm.take(&changes);
+                }
                 for change in &changes.changes {
                     rewritten |= change.key() == keys::SCHEMA;
                     if let Err(problem) = records::apply(&mut snapshot, change) {

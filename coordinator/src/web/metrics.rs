@@ -19,6 +19,11 @@ struct State {
     state: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Rule {
+    rule: String,
+}
+
 const STATES: [InstanceState; 10] = [
     InstanceState::Pending,
     InstanceState::Claimed,
@@ -49,6 +54,13 @@ pub(super) fn text(counts: &Counts, snapshot: &Snapshot, probe: &dyn Probe) -> R
     counter(&mut registry, "gateway_broken_answers", "Answers that broke off after they had begun", counts.broken);
     counter(&mut registry, "gateway_abandoned_answers", "Answers whose client left", counts.abandoned);
     counter(&mut registry, "spans_received", "Spans received from agents and others", probe.spans_received());
+    let violations = Family::<Rule, Counter>::default();
+    for (rule, count) in probe.violations() {
+        violations.get_or_create(&Rule { rule }).inc_by(count);
+    }
+    let help =
+        "Invariants that the store's history shows broken, by rule: 0, else something is wrong with Drover itself";
+    registry.register("invariant_violations", help, violations);
     let gauge = |registry: &mut Registry, name: &str, help: &str, value: i64| {
         let gauge = Gauge::<i64>::default();
         gauge.set(value);

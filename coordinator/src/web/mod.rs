@@ -45,6 +45,8 @@ pub trait Probe: Send + Sync + 'static {
     fn freeze(&self, snapshot: &Snapshot) -> Freeze;
     /// Spans received from agents and others since the start.
     fn spans_received(&self) -> u64;
+    /// How often each rule of claiming was broken, as far as this replica has seen, by the rule's name.
+    fn violations(&self) -> Vec<(String, u64)>;
 }
 
 /// What the pages are made from.

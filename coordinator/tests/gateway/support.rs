@@ -81,6 +81,10 @@ impl web::Probe for Probe {
     fn spans_received(&self) -> u64 {
         7
     }
+
+    fn violations(&self) -> Vec<(String, u64)> {
+        vec![("SecondClaim".to_owned(), 2), ("StaleEffect".to_owned(), 0)]
+    }
 }
 
 pub struct Options {

@@ -59,6 +59,8 @@ async fn metrics_count_what_happened_and_what_there_is() {
         "drover_nodes_lost 1",
         "drover_frozen 1",
         "drover_spans_received_total 7",
+        "drover_invariant_violations_total{rule=\"SecondClaim\"} 2",
+        "drover_invariant_violations_total{rule=\"StaleEffect\"} 0",
     ] {
         assert!(page.lines().any(|l| l == line), "{line}\n{page}");
     }

@@ -1,7 +1,7 @@
 //! The alarm of the invariants: each replica judges the history of the store as it sees it, by the same code as the
 //! simulation, and counts what breaks a rule. It is 0 for as long as all is well; it stops nothing.
 //!
-//! Bounded: the checker keeps what stands in the store, without lists of models and specs, and the last claims made.
+//! Bounded: the checker keeps what stands in the store, without events and lists of models, and the last claims made.
 
 use super::clock;
 use crate::{

@@ -198,7 +198,7 @@ impl Checker {
 
 /// Whether a key is one that a rule looks at: of the others nothing is kept.
 fn is_judged(key: &str) -> bool {
-    const NOT: [&str; 5] = [keys::EVENTS, keys::REVISIONS, keys::UNPLACED, keys::COMMANDS, keys::ANSWERS];
+    const NOT: [&str; 4] = [keys::EVENTS, keys::UNPLACED, keys::COMMANDS, keys::ANSWERS];
     !NOT.iter().any(|prefix| key.starts_with(prefix))
 }
 

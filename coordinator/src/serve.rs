@@ -29,7 +29,6 @@ use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::interceptor::InterceptedService};
 
@@ -286,7 +285,7 @@ async fn serve_grpc(
         .add_service(InterceptedService::new(reflection, admit.clone()))
         .add_service(InterceptedService::new(reflection_v1alpha, admit))
         .add_service(health_service);
-    let incoming = TcpListenerStream::new(listener);
+    let incoming = transport::incoming(listener);
     Ok(tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await }))
 }
 

@@ -7,11 +7,12 @@
 
 use std::{fmt, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use subtle::ConstantTimeEq as _;
+use tokio::net::TcpListener;
 use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint, Server},
+    transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
 
 const NODE_HEADER: &str = "drover-node";
@@ -204,14 +205,19 @@ impl Interceptor for Admit {
     }
 }
 
-/// A server with the settings that all of Drover's servers share.
+/// A server with the settings that all of Drover's servers share. What it serves comes through [`incoming`].
 #[must_use]
 pub fn server() -> Server {
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .tcp_keepalive(Some(Duration::from_secs(10)))
-        .tcp_nodelay(true)
+}
+
+/// The connections of a listener. The settings of their sockets stand here, since a [`Server`]'s own are for listeners that
+/// it opens itself: without `nodelay` an answer of two packets waits some 40 ms for the peer's delayed acknowledgement.
+#[must_use]
+pub fn incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(10)))
 }
 
 /// Client side: presents the caller's identity with every call.
@@ -357,6 +363,15 @@ mod tests {
 
     fn security(secret: bool, allow_plaintext: bool) -> Security {
         Security { secret: secret.then(|| Secret::new("0123456789abcdef").unwrap()), allow_plaintext }
+    }
+
+    #[tokio::test]
+    async fn no_answer_waits_for_a_delayed_acknowledgement() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let _client = tokio::net::TcpStream::connect(address).await.unwrap();
+        let accepted = tokio_stream::StreamExt::next(&mut incoming(listener)).await.unwrap().unwrap();
+        assert!(accepted.nodelay().unwrap());
     }
 
     #[test]

@@ -20,10 +20,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 use tokio::sync::mpsc;
-use tokio_stream::{
-    Stream, StreamExt as _,
-    wrappers::{ReceiverStream, TcpListenerStream},
-};
+use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 /// What becomes of a claim.
@@ -154,7 +151,9 @@ impl Coordinator {
         let address = listener.local_addr().unwrap();
         let server = NodeServiceServer::with_interceptor(service.clone(), Admit::new(Security::default()));
         tokio::spawn(
-            drover_proto::transport::server().add_service(server).serve_with_incoming(TcpListenerStream::new(listener)),
+            drover_proto::transport::server()
+                .add_service(server)
+                .serve_with_incoming(drover_proto::transport::incoming(listener)),
         );
         Self { address, service }
     }

@@ -40,7 +40,7 @@ impl Fake {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let service = fleet_service_server::FleetServiceServer::new(self.clone());
-        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        let incoming = transport::incoming(listener);
         tokio::spawn(transport::server().add_service(service).serve_with_incoming(incoming));
         address
     }

@@ -79,6 +79,26 @@ async fn a_plan_is_written_by_few_transactions_and_what_has_changed_meanwhile_is
 }
 
 #[tokio::test]
+async fn what_is_offered_to_a_node_whose_session_has_gone_meanwhile_is_not_written() {
+    let (world, faulty) = faulty_world().await;
+    world.node("a", 10_000).await;
+    let _lead = faults::leading(&world).await;
+    world.events_settled().await;
+    world.deployment("m", 0).await;
+    let deployment =
+        shown(&world, "the deployment", |s| s.deployments.contains_key("m")).await.deployments["m"].clone();
+    world.events_settled().await;
+    // Between the plan and its transaction: the node may join anew at once, with what runs on it.
+    let then = vec![crate::store::Op::Delete(keys::session("a"))];
+    faulty.before_next_txn(Txn { then, ..Txn::default() });
+    let asked = record::Deployment { replicas: 1, ..deployment.value.clone() };
+    let write = records::put(keys::deployment("m"), &asked, 0);
+    faulty.by_others(Txn { then: vec![write], ..Txn::default() }).await;
+    let snapshot = shown(&world, "the instance", |s| !s.instances.is_empty()).await;
+    assert!(snapshot.instances.values().all(|i| i.value.offer.is_none()), "{:?}", snapshot.instances);
+}
+
+#[tokio::test]
 async fn a_plan_larger_than_a_transaction_is_cut_where_it_has_to_be() {
     let (world, _) = faulty_world().await;
     world.node("a", 10_000).await;

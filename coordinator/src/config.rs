@@ -61,6 +61,17 @@ pub struct Config {
     pub replace_burst: u32,
     /// Lost instances that may be claimed elsewhere a second, beyond the burst.
     pub replace_per_s: u32,
+    /// Time without progress after which a node loses its claim on what is not ready, in milliseconds. A loading model has its
+    /// deployment's load_timeout_ms besides. Agents tell of progress every 5 s, and their own deadline of a launch is 40 s.
+    pub progress_deadline_ms: u64,
+    /// Time after its first failure in which what a node has claimed has to become ready there, in milliseconds: after that the
+    /// node loses its claim, if another one can take it.
+    pub give_up_after_ms: u64,
+    /// For how long a node is not offered an instance again whose claim it has lost in one of these ways, the first time, in
+    /// milliseconds; doubled with every further time.
+    pub avoid_first_ms: u64,
+    /// The same, at most.
+    pub avoid_max_ms: u64,
     /// What is logged: directives of tracing's EnvFilter.
     pub log_filter: String,
     /// Log lines as JSON.
@@ -93,6 +104,10 @@ impl Default for Config {
             freeze_share_percent: 55,
             replace_burst: 50,
             replace_per_s: 10,
+            progress_deadline_ms: 120_000,
+            give_up_after_ms: 60_000,
+            avoid_first_ms: 60_000,
+            avoid_max_ms: 600_000,
             log_filter: "info".to_owned(),
             log_json: false,
             spool_bytes_max: 64 << 20,
@@ -206,8 +221,33 @@ impl Config {
                 bail!("{key} = {value}: use 1 to 100000");
             }
         }
+        self.check_progress()?;
         if self.store == StoreKind::Etcd && self.etcd_endpoints.is_empty() {
             bail!("etcd_endpoints: is empty; name at least one, for example http://127.0.0.1:2379");
+        }
+        Ok(())
+    }
+
+    fn check_progress(&self) -> anyhow::Result<()> {
+        const DAY_MS: u64 = 86_400_000;
+        // Twice what agents take to tell of it.
+        let progress = self.progress_deadline_ms;
+        if !(10_000..=DAY_MS).contains(&progress) {
+            bail!("progress_deadline_ms = {progress}: agents tell of progress every 5 s; use 10000 to {DAY_MS}");
+        }
+        let times = [
+            ("give_up_after_ms", self.give_up_after_ms),
+            ("avoid_first_ms", self.avoid_first_ms),
+            ("avoid_max_ms", self.avoid_max_ms),
+        ];
+        for (key, value) in times {
+            if !(1000..=DAY_MS).contains(&value) {
+                bail!("{key} = {value}: use 1000 to {DAY_MS}");
+            }
+        }
+        if self.avoid_max_ms < self.avoid_first_ms {
+            let (max, first) = (self.avoid_max_ms, self.avoid_first_ms);
+            bail!("avoid_max_ms = {max}: is less than avoid_first_ms ({first}); use {first} or more");
         }
         Ok(())
     }
@@ -238,5 +278,17 @@ mod tests {
         assert!(error.contains("line 2") && error.contains("sesion_ttl_ms"), "{error}");
         let error = from_file("session_ttl_ms = 5\n").unwrap_err().to_string();
         assert!(error.contains("session_ttl_ms = 5"), "{error}");
+    }
+
+    #[test]
+    fn deadlines_of_progress_are_bounded_on_both_sides() {
+        let refused = |text: &str| from_file(text).unwrap_err().to_string();
+        for text in ["progress_deadline_ms = 9999", "give_up_after_ms = 0", "avoid_first_ms = 86400001"] {
+            let error = refused(text);
+            assert!(error.contains(text) && error.contains("use 1"), "{error}");
+        }
+        let error = refused("avoid_first_ms = 5000\navoid_max_ms = 4000\n");
+        assert!(error.contains("avoid_max_ms = 4000") && error.contains("use 5000 or more"), "{error}");
+        assert!(from_file("progress_deadline_ms = 10000\ngive_up_after_ms = 1000\n").is_ok());
     }
 }

@@ -210,18 +210,27 @@ fn remember(file: &Path, known: &Known) -> anyhow::Result<()> {
     write().with_context(|| format!("{}: which store this is can't be written down", file.display()))
 }
 
+/// Settings of planning.
+fn planning(config: &Config) -> plan::Settings {
+    let ms = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
+    plan::Settings {
+        candidates: config.offer_candidates,
+        offer_deadline_ms: ms(config.offer_deadline_ms),
+        grace_ms: ms(config.session_ttl_ms),
+        revisions_kept: 10,
+        freeze_share_percent: config.freeze_share_percent,
+        progress_deadline_ms: ms(config.progress_deadline_ms),
+        give_up_after_ms: ms(config.give_up_after_ms),
+        avoid: plan::avoid::Delays { first_ms: ms(config.avoid_first_ms), max_ms: ms(config.avoid_max_ms) },
+    }
+}
+
 fn cycle(config: &Config, store: &Store, view: &View, events: &Events) -> Cycle {
     Cycle {
         store: store.clone(),
         view: view.clone(),
         events: events.clone(),
-        settings: plan::Settings {
-            candidates: config.offer_candidates,
-            offer_deadline_ms: i64::try_from(config.offer_deadline_ms).unwrap_or(i64::MAX),
-            grace_ms: i64::try_from(config.session_ttl_ms).unwrap_or(i64::MAX),
-            revisions_kept: 10,
-            freeze_share_percent: config.freeze_share_percent,
-        },
+        settings: planning(config),
         replace_rate: Rate { burst: config.replace_burst, per_s: config.replace_per_s },
         seed: rand::random(),
     }

@@ -40,6 +40,10 @@ pub mod reason {
     pub const HALTED: &str = "HALTED";
     /// The node has not enough left.
     pub const NO_CAPACITY: &str = "NO_CAPACITY";
+    /// The node had claimed it in vain, and may not claim it again yet.
+    pub const AVOIDED: &str = "AVOIDED";
+    /// Nobody holds a claim on the instance.
+    pub const NOT_CLAIMED: &str = "NOT_CLAIMED";
     /// The outcome of the call is not known.
     pub const OUTCOME_UNKNOWN: &str = "OUTCOME_UNKNOWN";
     /// The node that would have to answer can't be reached.

@@ -43,6 +43,8 @@ pub struct Plan {
     pub environment: Vec<(String, String)>,
     /// Environment of coordinators only.
     pub coordinator_environment: Vec<(String, String)>,
+    /// What the agent of this number runs in the place of llama-server.
+    pub llama_server_of: Option<(usize, PathBuf)>,
     /// Each coordinator reaches etcd through a line of its own, which can be cut: see [`Coordinator::link`].
     pub links: bool,
 }
@@ -56,6 +58,7 @@ impl Default for Plan {
             agent_toml: String::new(),
             environment: Vec::new(),
             coordinator_environment: Vec::new(),
+            llama_server_of: None,
             links: false,
         }
     }
@@ -269,7 +272,10 @@ impl Cluster {
     /// When it can't be started.
     pub fn start_agent(&mut self, n: usize) -> anyhow::Result<()> {
         let agent = &self.agents[n];
-        let arguments = ["run".to_owned(), "--config".to_owned(), agent.config.display().to_string()];
+        let mut arguments = vec!["run".to_owned(), "--config".to_owned(), agent.config.display().to_string()];
+        if let Some((_, program)) = self.plan.llama_server_of.as_ref().filter(|(of, _)| *of == n) {
+            arguments.extend(["--llama-server".to_owned(), program.display().to_string()]);
+        }
         let name = format!("agent-{}", agent.node);
         let binary = program("drover-agent");
         let running = Running::start(&binary, &name, self.folder.path(), &arguments, &self.plan.environment)?;

@@ -18,6 +18,8 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// Offers that wait to be looked at.
 const OFFERS_WAITING: usize = 8192;
+/// Answers to reports that wait to be looked at.
+const ACKS_WAITING: usize = 16;
 
 /// One node. Its session ends when it is dropped.
 #[derive(Debug)]
@@ -30,6 +32,8 @@ pub struct Node {
     requests: mpsc::Sender<SessionRequest>,
     /// (instance, revision) of each offer that comes.
     offers: mpsc::Receiver<(String, i64)>,
+    /// Whether each report was recorded; beyond a few that nobody has looked at they are passed over.
+    acks: mpsc::Receiver<bool>,
 }
 
 impl Node {
@@ -65,6 +69,7 @@ impl Node {
         let inventory = session_request::Message::Runs(RunSet { reconciled: true, ..RunSet::default() });
         send.send(SessionRequest { message: Some(inventory) }).await?;
         let (offered, offers) = mpsc::channel(OFFERS_WAITING);
+        let (told, acks) = mpsc::channel(ACKS_WAITING);
         let interval = Duration::from_millis(u64::try_from(welcome.heartbeat_interval_ms)?);
         let (beats, closed) = (send.downgrade(), offered.clone());
         tokio::spawn(async move {
@@ -83,15 +88,18 @@ impl Node {
         });
         tokio::spawn(async move {
             while let Ok(Some(answer)) = answers.message().await {
-                if let Some(Message::Offer(offer)) = answer.message
-                    && offered.send((offer.instance, offer.offer_revision)).await.is_err()
-                {
+                let heard = match answer.message {
+                    Some(Message::Offer(offer)) => offered.send((offer.instance, offer.offer_revision)).await.is_ok(),
+                    Some(Message::StatusAck(ack)) => told.try_send(ack.accepted).is_ok() || !told.is_closed(),
+                    _ => true,
+                };
+                if !heard {
                     return;
                 }
             }
         });
         let (session_id, session_revision) = (welcome.session_id, welcome.session_revision);
-        Ok(Self { name, client, session_id, session_revision, requests: send, offers })
+        Ok(Self { name, client, session_id, session_revision, requests: send, offers, acks })
     }
 
     /// Waits for the next offer of an instance of `deployment`: its id, and the revision of the offer.
@@ -183,10 +191,28 @@ impl Node {
     /// # Errors
     /// When the session has ended.
     pub async fn stopped(&self, instance: &str, token: Token) -> anyhow::Result<()> {
+        self.report(instance, token, InstanceState::Stopped).await
+    }
+
+    /// Reports a state under this token, as the first report of this node; whether it was recorded.
+    ///
+    /// # Errors
+    /// When no answer comes.
+    pub async fn recorded(&mut self, instance: &str, token: Token, state: InstanceState) -> anyhow::Result<bool> {
+        self.report(instance, token, state).await?;
+        timeout(SOON, self.acks.recv()).await?.context("the session has ended")
+    }
+
+    /// Whether it was offered something that nobody has looked at yet.
+    pub fn is_offered(&mut self) -> bool {
+        self.offers.try_recv().is_ok()
+    }
+
+    async fn report(&self, instance: &str, token: Token, state: InstanceState) -> anyhow::Result<()> {
         let report = StatusReport {
             instance: instance.to_owned(),
             token: Some(token),
-            state: InstanceState::Stopped.into(),
+            state: state.into(),
             ..StatusReport::default()
         };
         let message = Some(session_request::Message::Status(report));

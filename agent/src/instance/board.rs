@@ -29,6 +29,8 @@ pub struct Entry {
     pub message: String,
     /// Since when it is in this state.
     pub since: Timestamp,
+    /// When it last got on; moves every few seconds at most.
+    pub progressed_at: Timestamp,
     /// W3C traceparent of the action that led here.
     pub traceparent: String,
     /// Exit code of the last process that ended by exiting.
@@ -54,6 +56,7 @@ impl Entry {
             traceparent: self.traceparent.clone(),
             exit_code: self.exit_code,
             exit_signal: self.exit_signal,
+            progressed_at: Some(self.progressed_at),
         }
     }
 }

@@ -412,6 +412,7 @@ fn is_lost(why: &str) -> bool {
             | reason::SESSION_MOVED
             | reason::HALTED
             | reason::NO_CAPACITY
+            | reason::AVOIDED
             | reason::NOT_FOUND
             | reason::DELETING
     )

@@ -103,6 +103,7 @@ mod tests {
             restarts: 0,
             message: String::new(),
             since: prost_types::Timestamp::default(),
+            progressed_at: prost_types::Timestamp::default(),
             traceparent: String::new(),
             exit_code: None,
             exit_signal: None,

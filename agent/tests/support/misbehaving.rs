@@ -3,7 +3,7 @@
 //! `parent` starts a child in a session of its own and writes its pid to `CHILD_FILE`. With `MARK` a file is named: `loading`
 //! says that it loads until that file is there, `reading` reads its model bit by bit before it listens until then,
 //! `other-model` says that it serves another model until then; `says` prints what the file holds and exits with 1, and serves
-//! when there is none. `fugitive` ignores SIGTERM and has a grandchild that does so too, in a session of its own, whose
+//! when there is none. `stuck` does nothing at all before it listens, for ever. `fugitive` ignores SIGTERM and has a grandchild that does so too, in a session of its own, whose
 //! parent has ended; `hungry` takes memory without end as soon as it is asked for its health while `CHILD_FILE` exists,
 //! which it removes.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test")]
@@ -57,6 +57,9 @@ fn main() -> ExitCode {
                 thread::sleep(Duration::from_millis(100));
             }
         }
+        "stuck" => loop {
+            thread::park();
+        },
         "deaf" => drover_shim::sys::ignore_signals(),
         #[allow(clippy::zombie_processes, reason = "that it is left behind is the misbehaviour")]
         "parent" => {

@@ -3,6 +3,8 @@
 //! Carrying out decides nothing: what a plan says is written if the records are as the plan saw them, else left for the
 //! next plan. Actions share transactions; where that fails each has its own. The next plan waits until the view has seen everything that this one wrote.
 
+mod written;
+
 use super::{
     clock,
     events::{self, Events},
@@ -14,16 +16,19 @@ use super::{
 use crate::{
     plan::{self, Action, Freeze, Input, Plan, snapshot::Snapshot},
     store::{
-        Compare, Error, Op, Store, keys,
+        Error, Op, Store, keys,
         pack::{Step, pack},
         records,
     },
 };
-use drover_proto::{store::v1 as record, v1::Severity};
+use drover_proto::{
+    store::v1 as record,
+    v1::{Severity, Token},
+};
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use std::{collections::BTreeMap, time::Duration};
 use tokio_util::sync::CancellationToken;
-use tracing::Span;
+use written::{Written, name};
 
 /// Transactions of one plan under way at the same time.
 const CONCURRENT: usize = 16;
@@ -115,6 +120,7 @@ impl Cycle {
                 settled_for_ms: durations.settled_ms,
                 unclaimed_for_ms: &durations.unclaimed_ms,
                 joined_for_ms: &durations.joined_ms,
+                held_for: &durations.held,
                 replacements,
                 seed: self.seed,
                 settings: &self.settings,
@@ -249,6 +255,14 @@ impl Cycle {
                 let to = offer.candidates.join(", ");
                 self.events.record(format!("instance/{id}"), "Offered", info, format!("to {to}"));
             }
+            Action::GiveUp { id, node, claim, why, offer, avoid, .. } => {
+                let message = given_up(snapshot, id, node, *claim, why, offer.as_ref(), avoid);
+                self.events.record_on_node(Some(node), id, "GivenUp", Severity::Warning, message);
+            }
+            Action::Forgive { id, node, .. } => {
+                let message = format!("{node} has served it for a while: what it failed with before is forgiven");
+                self.events.record_on_node(Some(node), id, "Forgiven", info, message);
+            }
             Action::Stop { id, reason, .. } => {
                 let node = snapshot.claims.get(id).map(|claim| claim.value.node.as_str());
                 self.events.record_on_node(node, id, reason, info, "wanted no more".to_owned());
@@ -291,139 +305,25 @@ async fn gathered(steps: Vec<BoxFuture<'_, Done>>) -> Done {
     stream::iter(steps).buffer_unordered(CONCURRENT).fold(Done::default(), |all, one| async move { all.and(one) }).await
 }
 
-/// An action as it is written, and its span, which is open until it is done.
-struct Written<'a> {
-    action: &'a Action,
-    span: Span,
-    step: Step,
-}
-
-impl<'a> Written<'a> {
-    fn of(snapshot: &Snapshot, action: &'a Action) -> Self {
-        let span = tracing::info_span!("plan.commit", action = name(action), object = object(action));
-        let cause = cause(snapshot, action);
-        drover_telemetry::context::set_parent(&span, &cause);
-        let traceparent = match drover_telemetry::context::traceparent_of(&span) {
-            none if none.is_empty() => cause,
-            own => own,
-        };
-        let (compare, then) = transaction(snapshot, action, traceparent);
-        Self { action, span, step: Step { compare, then } }
-    }
-}
-
-/// Compares and writes of an action, without the leader's compare.
-fn transaction(snapshot: &Snapshot, action: &Action, traceparent: String) -> (Vec<Compare>, Vec<Op>) {
-    match action {
-        Action::Create { id, deployment, deployment_mod, revision, offer } => {
-            let instance = record::Instance {
-                deployment: deployment.clone(),
-                revision: *revision,
-                wanted: true,
-                offer: offer.as_ref().map(stored_offer),
-                created_at: Some(clock::now()),
-                traceparent,
-            };
-            let mut compare = vec![
-                Compare::CreateRevision(keys::instance(id), 0),
-                Compare::ModRevision(keys::deployment(deployment), *deployment_mod),
-            ];
-            compare.extend(offer.iter().flat_map(|offer| still_joined(snapshot, offer)));
-            (compare, vec![records::put(keys::instance(id), &instance, 0)])
-        }
-        Action::Offer { id, expect, offer } => {
-            let mut instance = stored(snapshot, id);
-            instance.offer = Some(stored_offer(offer));
-            let mut compare =
-                vec![Compare::ModRevision(keys::instance(id), *expect), Compare::CreateRevision(keys::claim(id), 0)];
-            compare.extend(still_joined(snapshot, offer));
-            (compare, vec![records::put(keys::instance(id), &instance, 0)])
-        }
-        Action::Stop { id, expect, .. } => {
-            let mut instance = stored(snapshot, id);
-            instance.wanted = false;
-            instance.offer = None;
-            instance.traceparent = traceparent;
-            let compare = vec![Compare::ModRevision(keys::instance(id), *expect)];
-            (compare, vec![records::put(keys::instance(id), &instance, 0)])
-        }
-        Action::CloseRun { key, expect } => {
-            let key = format!("{}{key}", keys::RUNS);
-            (vec![Compare::ModRevision(key.clone(), *expect)], vec![Op::Delete(key)])
-        }
-        Action::NoteLost { node, expect, at_ms } => {
-            let mut record = snapshot.nodes.get(node).map(|n| n.value.clone()).unwrap_or_default();
-            record.lost_at = Some(clock::timestamp(*at_ms));
-            let compare =
-                vec![Compare::ModRevision(keys::node(node), *expect), Compare::CreateRevision(keys::session(node), 0)];
-            (compare, vec![records::put(keys::node(node), &record, 0)])
-        }
-        Action::Collect { id, expect } => {
-            let compare =
-                vec![Compare::ModRevision(keys::instance(id), *expect), Compare::CreateRevision(keys::claim(id), 0)];
-            let then = vec![
-                Op::Delete(keys::instance(id)),
-                Op::Delete(keys::taken(id)),
-                Op::Delete(keys::status(id)),
-                Op::DeletePrefix(keys::runs(id)),
-                Op::DeletePrefix(keys::events(&format!("instance/{id}"))),
-            ];
-            (compare, then)
-        }
-        Action::RemoveDeployment { name, expect } => {
-            let compare = vec![Compare::ModRevision(keys::deployment(name), *expect)];
-            let then = vec![
-                Op::Delete(keys::deployment(name)),
-                Op::DeletePrefix(keys::revisions(name)),
-                Op::DeletePrefix(keys::events(&format!("deployment/{name}"))),
-                Op::DeletePrefix(keys::events(&events::history(name))),
-            ];
-            (compare, then)
-        }
-        Action::TrimRevisions { name, expect, keys } => {
-            // A deployment made anew under the same name counts its revisions from 1 again.
-            let compare = vec![Compare::ModRevision(keys::deployment(name), *expect)];
-            (compare, keys.iter().take(64).map(|k| Op::Delete(format!("{}{k}", keys::REVISIONS))).collect())
-        }
-    }
-}
-
-/// That the candidates of an offer have the sessions that the plan saw: one that has joined anew since may be about to claim
-/// again what runs on it, which needs the room that is offered.
-fn still_joined<'a>(snapshot: &'a Snapshot, offer: &'a plan::Offer) -> impl Iterator<Item = Compare> + 'a {
-    offer.candidates.iter().map(|node| {
-        let created = snapshot.sessions.get(node).map_or(0, |session| session.create_revision);
-        Compare::CreateRevision(keys::session(node), created)
-    })
-}
-
-/// The instance's record as the plan saw it; the transaction compares its revision.
-fn stored(snapshot: &Snapshot, id: &str) -> record::Instance {
-    snapshot.instances.get(id).map(|i| i.value.clone()).unwrap_or_default()
-}
-
-fn stored_offer(offer: &plan::Offer) -> record::Offer {
-    record::Offer {
-        candidates: offer.candidates.clone(),
-        deadline: Some(clock::timestamp(offer.deadline_ms)),
-        halt_generation: offer.halt_generation,
-    }
-}
-
-/// W3C traceparent of the call that an action goes back to.
-fn cause(snapshot: &Snapshot, action: &Action) -> String {
-    let of_deployment = |name: &str| snapshot.deployments.get(name).map(|d| d.value.traceparent.clone());
-    let of_instance = |id: &str| snapshot.instances.get(id);
-    let found = match action {
-        Action::Create { deployment, .. } => of_deployment(deployment),
-        Action::Offer { id, .. } => of_instance(id).map(|i| i.value.traceparent.clone()),
-        Action::Stop { id, .. } | Action::Collect { id, .. } => {
-            of_instance(id).and_then(|i| of_deployment(&i.value.deployment))
-        }
-        Action::RemoveDeployment { name, .. } => of_deployment(name),
-        Action::NoteLost { .. } | Action::CloseRun { .. } | Action::TrimRevisions { .. } => None,
+/// What is told of a claim that was given up: who had it, under which token, for how long, why, and who is asked now.
+fn given_up(
+    snapshot: &Snapshot,
+    id: &str,
+    node: &str,
+    claim: i64,
+    why: &str,
+    offer: Option<&plan::Offer>,
+    avoid: &[record::Avoid],
+) -> String {
+    let token = Token { generation: snapshot.generation(), revision: claim };
+    let made_at = snapshot.claims.get(id).and_then(|claim| claim.value.made_at.as_ref());
+    let age = made_at.map(|at| format!(", {} s old", clock::now_ms().saturating_sub(clock::millis(at)).max(0) / 1000));
+    let delay_s = avoid.iter().find(|avoid| avoid.node == node).map_or(0, |avoid| avoid.delay_ms / 1000);
+    let next = match offer {
+        Some(offer) => format!("offered to {}; {node} is avoided for it for {delay_s} s", offer.candidates.join(", ")),
+        None => "it is wanted no more".to_owned(),
     };
-    found.unwrap_or_default()
+    format!("claim {token} of {node}{}: {why}; {next}", age.unwrap_or_default())
 }
 
 /// Whether the offer before went to the same nodes, in whatever order.
@@ -435,28 +335,4 @@ fn offered_before(snapshot: &Snapshot, id: &str, offer: &plan::Offer) -> bool {
     };
     let before = snapshot.instances.get(id).and_then(|i| i.value.offer.as_ref());
     before.is_some_and(|before| sorted(&before.candidates) == sorted(&offer.candidates))
-}
-
-fn name(action: &Action) -> &'static str {
-    match action {
-        Action::Create { .. } => "create",
-        Action::Offer { .. } => "offer",
-        Action::Stop { .. } => "stop",
-        Action::NoteLost { .. } => "note_lost",
-        Action::CloseRun { .. } => "close_run",
-        Action::Collect { .. } => "collect",
-        Action::RemoveDeployment { .. } => "remove_deployment",
-        Action::TrimRevisions { .. } => "trim_revisions",
-    }
-}
-
-fn object(action: &Action) -> &str {
-    match action {
-        Action::Create { id, .. } | Action::Offer { id, .. } | Action::Stop { id, .. } | Action::Collect { id, .. } => {
-            id
-        }
-        Action::NoteLost { node, .. } => node,
-        Action::CloseRun { key, .. } => key,
-        Action::RemoveDeployment { name, .. } | Action::TrimRevisions { name, .. } => name,
-    }
 }

@@ -20,6 +20,12 @@ pub mod name {
     pub const DRAIN_BEFORE_READY: &str = "drain-before-ready";
     /// Replacement goes on whatever share of the nodes is lost.
     pub const NO_FREEZE: &str = "no-freeze";
+    /// A claim that gets nowhere stands for ever.
+    pub const NOTHING_IS_GIVEN_UP: &str = "nothing-is-given-up";
+    /// A claim is given up whatever has become of it since that was decided.
+    pub const GIVES_UP_BLINDLY: &str = "gives-up-blindly";
+    /// Who is avoided may claim again what it still runs.
+    pub const AVOIDED_CLAIMS_AGAIN: &str = "avoided-claims-again";
     /// As many instances are replaced at once as are lost.
     pub const NO_RATE_LIMIT: &str = "no-rate-limit";
     /// The leader plans on while it is not known what has become of its last plan.

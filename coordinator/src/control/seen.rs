@@ -1,8 +1,10 @@
 //! For how long the leader has seen things as they are, by a clock that only goes forward. A new leader begins anew: whatever
 //! is waited for then takes longer after a change of leader, never shorter.
 
+mod held;
+
 use super::mutant;
-use crate::plan::{Freeze, Replacements, snapshot::Snapshot};
+use crate::plan::{Freeze, Held, Replacements, snapshot::Snapshot};
 use std::collections::BTreeMap;
 use tokio::time::Instant;
 
@@ -30,6 +32,8 @@ pub(super) struct Seen {
     unclaimed: BTreeMap<String, (i64, Instant)>,
     /// Nodes with a session: its id, and since when it is there.
     joined: BTreeMap<String, (String, Instant)>,
+    /// The standing claims.
+    held: held::Claims,
     budget: Option<Budget>,
     /// Whether replacement is frozen, as was seen last.
     pub(super) frozen: bool,
@@ -46,6 +50,8 @@ pub(super) struct Durations {
     pub(super) unclaimed_ms: BTreeMap<String, i64>,
     /// For how long each node has had its present session.
     pub(super) joined_ms: BTreeMap<String, i64>,
+    /// For how long each standing claim has been as it is.
+    pub(super) held: BTreeMap<String, Held>,
 }
 
 impl Seen {
@@ -115,7 +121,11 @@ impl Seen {
             settled_ms = i64::MAX;
             unclaimed_ms.values_mut().for_each(|ms| *ms = i64::MAX);
         }
-        Durations { settled_ms, unclaimed_ms, joined_ms }
+        let mut held = self.held.note(snapshot, live_since, now);
+        if mutant::on(mutant::name::NOTHING_IS_GIVEN_UP) {
+            held.clear();
+        }
+        Durations { settled_ms, unclaimed_ms, joined_ms, held }
     }
 }
 

@@ -246,6 +246,7 @@ impl Write {
             restarts: report.restarts,
             message: report.message.clone(),
             since: report.since.or_else(|| Some(clock::now())),
+            progressed_at: report.progressed_at,
             stream_revision: stream,
         };
         let known = snapshot.statuses.get(id);

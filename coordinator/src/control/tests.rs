@@ -3,6 +3,7 @@
 mod batches;
 mod faults;
 pub(crate) mod faulty;
+mod progress;
 mod reach;
 mod together;
 
@@ -273,6 +274,9 @@ async fn two_coordinators_have_one_leader_and_what_is_deleted_leaves_no_key() {
             grace_ms: 1000,
             revisions_kept: 3,
             freeze_share_percent: 55,
+            progress_deadline_ms: 60_000,
+            give_up_after_ms: 60_000,
+            avoid: plan::avoid::Delays { first_ms: 60_000, max_ms: 600_000 },
         };
         let (store, view, events) = (world.store.clone(), world.view.clone(), world.events.clone());
         let cycle = Cycle { store, view, events, settings, replace_rate: Rate { burst: 50, per_s: 10 }, seed: 1 };

@@ -128,7 +128,16 @@ fn vanished(checker: &Checker, transaction: &Transaction, id: &str) -> Option<St
     let stopped = transaction
         .put::<record::Status>(&keys::status(id))
         .is_some_and(|(_, s)| s.state() == InstanceState::Stopped && s.token == Some(token));
-    let given_up = transaction.put::<record::Instance>(&keys::instance(id)).is_some();
+    // Offered to others by the same transaction it was taken from its owner; without an offer it is wanted no more, or an
+    // operator has released it.
+    let given_up = transaction.put::<record::Instance>(&keys::instance(id));
+    let serves =
+        matches!(checker.state.state(id), InstanceState::Ready | InstanceState::Suspect | InstanceState::Draining);
+    let offered = given_up.as_ref().is_some_and(|(_, instance)| instance.wanted && instance.offer.is_some());
+    if serves && offered {
+        return Some(format!("it was taken from {}, where it serves", claim.value.node));
+    }
+    let given_up = given_up.is_some();
     let raised = transaction
         .put::<record::Schema>(keys::SCHEMA)
         .is_some_and(|(_, schema)| schema.generation > checker.state.generation());

@@ -23,7 +23,8 @@ pub enum Rule {
     Oversold,
     /// A session is created, or goes on with its id and version + 1.
     SessionRewritten,
-    /// A claim goes with its session, with the report of its end, with its instance's record by the leader, or by a restore.
+    /// A claim goes with its session, with the report of its end, with its instance's record by the leader, or by a restore. One
+    /// of what serves is not given up to others.
     ClaimVanished,
     /// A status is put while the claim of its token stands in S, for its node.
     StaleEffect,

@@ -3,9 +3,11 @@
 //! Owns the decisions: which instances must exist, who may claim them, which must stop, what is to be collected.
 //! A plan is a value; carrying it out decides nothing.
 
+pub mod avoid;
 mod freeze;
 mod holders;
 mod place;
+mod progress;
 mod rules;
 pub mod snapshot;
 #[cfg(test)]
@@ -13,6 +15,7 @@ mod tests;
 
 pub use freeze::Freeze;
 pub(crate) use place::names_file;
+pub use progress::Held;
 pub use rules::plan;
 
 use drover_proto::store::v1 as record;
@@ -35,6 +38,14 @@ pub struct Settings {
     pub revisions_kept: usize,
     /// Share of the nodes seen in the last hour that may be lost before nothing is replaced any more, in percent.
     pub freeze_share_percent: u32,
+    /// Time without progress after which a claim of what is not ready is given up, in milliseconds. A loading model has what
+    /// its deployment allows for besides.
+    pub progress_deadline_ms: i64,
+    /// Time after its first failure in which what was claimed has to become ready, in milliseconds: after that the claim is
+    /// given up, if another node can take it.
+    pub give_up_after_ms: i64,
+    /// How long a node is avoided for what it had claimed and got nowhere with.
+    pub avoid: avoid::Delays,
 }
 
 /// What a plan is made from.
@@ -51,6 +62,8 @@ pub struct Input<'a> {
     pub unclaimed_for_ms: &'a BTreeMap<String, i64>,
     /// For how long each node has had its present session, in milliseconds.
     pub joined_for_ms: &'a BTreeMap<String, i64>,
+    /// For how long each standing claim has been as it is.
+    pub held_for: &'a BTreeMap<String, Held>,
     /// Instances that were owned which may be offered now to others, and when the next one may be, in milliseconds: whatever
     /// goes wrong, it goes wrong slowly.
     pub replacements: Replacements,
@@ -130,6 +143,34 @@ pub enum Action {
         /// The offer.
         offer: Offer,
     },
+    /// Take the claim from an owner that gets nowhere, and offer the instance to others. Never of what serves.
+    GiveUp {
+        /// The instance.
+        id: String,
+        /// Revision of its record.
+        expect: i64,
+        /// Revision of the claim.
+        claim: i64,
+        /// Revision of its status; 0 when there is none. A report that comes meanwhile is progress.
+        status: i64,
+        /// The owner.
+        node: String,
+        /// Why; for people.
+        why: String,
+        /// The offer; `None` when it is wanted no more.
+        offer: Option<Offer>,
+        /// Nodes that are avoided for it from now on, the owner among them.
+        avoid: Vec<record::Avoid>,
+    },
+    /// Forget that a node, which serves the instance now, was avoided for it.
+    Forgive {
+        /// The instance.
+        id: String,
+        /// Revision of its record.
+        expect: i64,
+        /// The node.
+        node: String,
+    },
     /// No longer wanted: its owner drains and stops it.
     Stop {
         /// The instance.
@@ -187,6 +228,8 @@ pub struct Unplaced {
     pub deployment: String,
     /// For people: what each node lacks.
     pub why: String,
+    /// It has an owner, which gets nowhere with it: nothing makes way for that.
+    pub owned: bool,
 }
 
 /// What is to be done now.

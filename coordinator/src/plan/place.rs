@@ -1,12 +1,16 @@
 //! PURE. Placement: which nodes may claim an instance, best first.
 
-use super::{Input, Offer, snapshot::Stored};
+use super::{Input, Offer, avoid, snapshot::Stored};
 use drover_proto::{
     PROTOCOL_LEASE_LOST, limits,
     store::v1 as record,
     v1::{DeploymentSpec, OnLeaseLost},
 };
-use std::{cmp::Reverse, collections::BTreeMap, fmt};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 /// Nodes of which it is told what they lack; the others are counted.
 const LACKS_TOLD: usize = 5;
@@ -18,6 +22,8 @@ pub(super) struct Rooms<'a> {
     bytes: BTreeMap<&'a str, i64>,
     /// By deployment and node.
     replicas: BTreeMap<(&'a str, &'a str), usize>,
+    /// Deployments and nodes that are avoided now for some instance of them: others of the same are better placed elsewhere.
+    avoided: BTreeSet<(&'a str, &'a str)>,
 }
 
 impl<'a> Rooms<'a> {
@@ -32,6 +38,9 @@ impl<'a> Rooms<'a> {
             rooms.take(name, snapshot.unclaimed_bytes(name, &node.value), None);
         }
         for (id, instance) in &snapshot.instances {
+            let avoided = instance.value.avoid.iter().map(|avoid| avoid.node.as_str());
+            let avoided = avoided.filter(|node| avoid::in_force(&instance.value, node, input.now_ms).is_some());
+            rooms.avoided.extend(avoided.map(|node| (instance.value.deployment.as_str(), node)));
             let standing = snapshot.standing_offer(id, instance, input.now_ms);
             let standing = standing.filter(|_| input.offer_left_ms(&instance.value) > 0);
             let best = standing.and_then(|offer| offer.candidates.first());
@@ -60,6 +69,8 @@ enum Lack<'a> {
     LeaseLost,
     Model(&'a str),
     Memory { free: i64, need: i64 },
+    Owner,
+    Avoided(&'a record::Avoid),
 }
 
 impl fmt::Display for Lack<'_> {
@@ -71,6 +82,12 @@ impl fmt::Display for Lack<'_> {
             Self::LeaseLost => write!(f, "has an agent that does not know on_lease_lost = \"stop\": upgrade it"),
             Self::Model(path) => write!(f, "has no model file {path}"),
             Self::Memory { free, need } => write!(f, "has {free} bytes of memory left, {need} are needed"),
+            Self::Owner => write!(f, "owns it"),
+            Self::Avoided(avoid) => {
+                let until = avoid.until.map(|until| prost_types::Timestamp { nanos: 0, ..until }.to_string());
+                let (until, why) = (until.unwrap_or_default(), &avoid.why);
+                write!(f, "is AVOIDED until {until}, since it had claimed it in vain ({why})")
+            }
         }
     }
 }
@@ -98,6 +115,12 @@ pub(super) fn inventory_in_ms(input: &Input<'_>) -> Option<i64> {
         Some(inventory_wait_ms(input, name, &node.value, &session.value))
     });
     waits.filter(|ms| *ms > 0).min()
+}
+
+/// When the first of the nodes that are avoided for an instance may have it again, in milliseconds.
+pub(super) fn avoided_for_ms(input: &Input<'_>, instance: &record::Instance) -> Option<i64> {
+    let left = instance.avoid.iter().map(|avoid| avoid::left_ms(instance, &avoid.node, input.now_ms));
+    left.filter(|ms| *ms > 0).min()
 }
 
 /// Filters one node of which `taken` bytes are taken.
@@ -176,13 +199,15 @@ fn declined<'a>(input: &Input<'a>, id: &str, instance: Option<&'a Stored<record:
 }
 
 /// The best nodes for an instance, or what each lacks. Filter first, then score; the first candidate's room is taken.
-/// After an offer in vain chance decides among those whom it did not name: whoever can take it is asked in the end.
+/// After an offer in vain chance decides among those whom it did not name: whoever can take it is asked in the end. `owner` is
+/// who has it, when it is to be taken from it.
 pub(super) fn offer<'a>(
     input: &Input<'a>,
     deployment: &'a str,
     spec: &DeploymentSpec,
     id: &str,
     instance: Option<&'a Stored<record::Instance>>,
+    owner: Option<&str>,
     rooms: &mut Rooms<'a>,
 ) -> Result<Offer, String> {
     let snapshot = input.snapshot;
@@ -192,11 +217,19 @@ pub(super) fn offer<'a>(
     let (mut lacks, mut lacking) = (Vec::new(), 0_usize);
     for (name, node) in &snapshot.nodes {
         let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0);
-        let room = match room(input, spec, name, &node.value, taken) {
+        let avoided = instance.and_then(|instance| avoid::in_force(&instance.value, name, input.now_ms));
+        let room = match (owner == Some(name), avoided) {
+            (true, _) => Err(Lack::Owner),
+            (false, Some(avoid)) => Err(Lack::Avoided(avoid)),
+            (false, None) => room(input, spec, name, &node.value, taken),
+        };
+        let room = match room {
             Ok(room) => room,
             Err(lack) => {
-                lacking += 1;
-                if lacking <= LACKS_TOLD {
+                // Who owns it is told besides.
+                let told = !matches!(lack, Lack::Owner);
+                lacking += usize::from(told);
+                if told && lacking <= LACKS_TOLD {
                     lacks.push(format!("{name} {lack}"));
                 }
                 continue;
@@ -207,19 +240,21 @@ pub(super) fn offer<'a>(
             let replicas = rooms.replicas.get(&(deployment, name.as_str())).copied().unwrap_or(0);
             (replicas, Reverse((room.free - room.need).saturating_mul(1000) / room.capacity.max(1)))
         });
-        fit.push((declined.contains(name), score, mix(chance, name), name, room.need));
+        let avoided = rooms.avoided.contains(&(deployment, name.as_str()));
+        fit.push((declined.contains(name), avoided, score, mix(chance, name), name, room.need));
     }
     fit.sort_unstable();
-    let Some((_, _, _, best, need)) = fit.first() else {
+    let Some((_, _, _, _, best, need)) = fit.first() else {
         if lacking > LACKS_TOLD {
             lacks.push(format!("and {} nodes more", lacking - LACKS_TOLD));
         }
-        return Err(if lacks.is_empty() { "no node has ever joined".to_owned() } else { lacks.join("; ") });
+        let nobody = if owner.is_some() { "there is none" } else { "no node has ever joined" };
+        return Err(if lacks.is_empty() { nobody.to_owned() } else { lacks.join("; ") });
     };
     rooms.take(best.as_str(), *need, Some(deployment));
     let best_few = fit.iter().take(input.settings.candidates.max(1));
     Ok(Offer {
-        candidates: best_few.map(|(_, _, _, name, _)| (*name).clone()).collect(),
+        candidates: best_few.map(|(_, _, _, _, name, _)| (*name).clone()).collect(),
         deadline_ms: input.now_ms + input.settings.offer_deadline_ms,
         halt_generation: snapshot.halt_generation(),
     })

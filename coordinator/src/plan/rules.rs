@@ -1,9 +1,10 @@
 //! PURE. The rules: what must exist, what must stop, what is to be collected.
 
 use super::{
-    Action, Freeze, Input, Plan, Unplaced,
+    Action, Freeze, Input, Plan, Unplaced, avoid,
     holders::Holders,
     place::{self, Rooms},
+    progress::{self, Verdict, Why},
     snapshot::{Snapshot, Stored},
 };
 use drover_proto::{
@@ -161,7 +162,7 @@ fn size<'a>(
     if let Some(spec) = spec_of(snapshot, name, deployment.value.revision) {
         for n in current.len()..asked {
             let id = fresh_id(input, name, n);
-            let offer = offer_unless_halted(input, name, spec, &id, None, rooms);
+            let offer = offer_unless_halted(input, name, spec, &id, None, None, rooms);
             let offer = offer.map_err(|why| unplaced(plan, name, why)).ok();
             plan.actions.push(Action::Create {
                 id,
@@ -211,7 +212,7 @@ fn make_way(
     plan: &Plan,
 ) -> Option<Action> {
     let snapshot = input.snapshot;
-    let waits = plan.unplaced.last().is_some_and(|u| u.deployment == name);
+    let waits = plan.unplaced.last().is_some_and(|u| u.deployment == name && !u.owned);
     if !waits || snapshot.halted() || !input.settled() || replacing.freeze.frozen() {
         return None;
     }
@@ -235,8 +236,8 @@ fn tend<'a>(
     plan: &mut Plan,
 ) {
     let snapshot = input.snapshot;
-    if snapshot.claims.contains_key(id) {
-        return;
+    if let Some(claim) = snapshot.claims.get(id) {
+        return look_after(input, id, instance, claim, replacing, rooms, plan);
     }
     if !instance.value.wanted {
         plan.actions.push(Action::Collect { id: id.to_owned(), expect: instance.mod_revision });
@@ -257,12 +258,90 @@ fn tend<'a>(
     }
     let deployment = &instance.value.deployment;
     let Some(spec) = spec_of(snapshot, deployment, instance.value.revision) else { return };
-    match offer_unless_halted(input, deployment, spec, id, Some(instance), rooms) {
+    match offer_unless_halted(input, deployment, spec, id, Some(instance), None, rooms) {
         Ok(offer) => {
             plan.replacements += usize::from(was_owned);
             plan.actions.push(Action::Offer { id: id.to_owned(), expect: instance.mod_revision, offer });
         }
-        Err(why) => unplaced(plan, deployment, why),
+        Err(why) => {
+            unplaced(plan, deployment, why);
+            if let Some(ms) = place::avoided_for_ms(input, &instance.value) {
+                plan.wake_in(ms);
+            }
+        }
+    }
+}
+
+/// What has an owner is left to it, as long as it gets somewhere.
+fn look_after<'a>(
+    input: &Input<'a>,
+    id: &str,
+    instance: &'a Stored<record::Instance>,
+    claim: &Stored<record::Claim>,
+    replacing: &Replacing<'_>,
+    rooms: &mut Rooms<'a>,
+    plan: &mut Plan,
+) {
+    let node = claim.value.node.as_str();
+    let why = match progress::judge(input, id, &instance.value, claim) {
+        Verdict::Stands => return,
+        Verdict::In(ms) => return plan.wake_in(ms),
+        Verdict::Forgive => {
+            let (id, node) = (id.to_owned(), node.to_owned());
+            return plan.actions.push(Action::Forgive { id, expect: instance.mod_revision, node });
+        }
+        Verdict::GiveUp(why) => why,
+    };
+    // As everything that moves work: not by a fresh leader, not under a freeze or a halt, and not all at once.
+    if !input.settled() {
+        return plan.wake_in(input.settings.grace_ms.saturating_sub(input.settled_for_ms));
+    }
+    if !instance.value.wanted {
+        return plan.actions.push(give_up(input, id, instance, claim, &why, None));
+    }
+    if replacing.freeze.frozen() || input.snapshot.halted() {
+        return;
+    }
+    if plan.replacements >= input.replacements.now {
+        return plan.wake_in(input.replacements.next_in_ms);
+    }
+    let deployment = &instance.value.deployment;
+    let Some(spec) = spec_of(input.snapshot, deployment, instance.value.revision) else { return };
+    match offer_unless_halted(input, deployment, spec, id, Some(instance), Some(node), rooms) {
+        Ok(offer) => {
+            plan.replacements += 1;
+            plan.actions.push(give_up(input, id, instance, claim, &why, Some(offer)));
+        }
+        Err(lacks) => {
+            if plan.unplaced.last().is_none_or(|u| u.deployment != *deployment) {
+                let why = format!("{id} stays with {node}: {}; no other node can take it: {lacks}", why.lasting());
+                plan.unplaced.push(Unplaced { deployment: deployment.clone(), why, owned: true });
+            }
+            if let Some(ms) = place::avoided_for_ms(input, &instance.value) {
+                plan.wake_in(ms);
+            }
+        }
+    }
+}
+
+fn give_up(
+    input: &Input<'_>,
+    id: &str,
+    instance: &Stored<record::Instance>,
+    claim: &Stored<record::Claim>,
+    why: &Why,
+    offer: Option<super::Offer>,
+) -> Action {
+    let (node, why) = (claim.value.node.clone(), why.to_string());
+    Action::GiveUp {
+        id: id.to_owned(),
+        expect: instance.mod_revision,
+        claim: claim.mod_revision,
+        status: input.snapshot.statuses.get(id).map_or(0, |status| status.mod_revision),
+        avoid: avoid::with(&instance.value, &node, why.clone(), input.now_ms, input.settings.avoid),
+        node,
+        why,
+        offer,
     }
 }
 
@@ -272,18 +351,20 @@ fn offer_unless_halted<'a>(
     spec: &DeploymentSpec,
     id: &str,
     instance: Option<&'a Stored<record::Instance>>,
+    owner: Option<&str>,
     rooms: &mut Rooms<'a>,
 ) -> Result<super::Offer, String> {
     if input.snapshot.halted() {
         return Err("claiming is halted".to_owned());
     }
-    place::offer(input, deployment, spec, id, instance, rooms)
+    place::offer(input, deployment, spec, id, instance, owner, rooms)
 }
 
 fn unplaced(plan: &mut Plan, deployment: &str, why: String) {
-    // Deployments are planned one after the other.
+    // Deployments are planned one after the other. What nobody has comes before what somebody has in vain.
+    plan.unplaced.pop_if(|u| u.deployment == deployment && u.owned);
     if plan.unplaced.last().is_none_or(|u| u.deployment != deployment) {
-        plan.unplaced.push(Unplaced { deployment: deployment.to_owned(), why });
+        plan.unplaced.push(Unplaced { deployment: deployment.to_owned(), why, owned: false });
     }
 }
 

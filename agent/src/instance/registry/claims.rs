@@ -263,6 +263,7 @@ impl Registry {
     fn post(&self, claim: &Claim, state: InstanceState, message: &str) -> bool {
         let before = self.context.board.get(&claim.instance).filter(|e| e.state == state && e.message == message);
         let is_news = before.is_none();
+        let since = before.map_or_else(clock::now, |entry| entry.since);
         let entry = Entry {
             token: claim.token,
             owned: true,
@@ -270,7 +271,8 @@ impl Registry {
             pid: 0,
             restarts: claim.restarts,
             message: message.to_owned(),
-            since: before.map_or_else(clock::now, |entry| entry.since),
+            since,
+            progressed_at: since,
             traceparent: String::new(),
             exit_code: None,
             exit_signal: None,

@@ -94,6 +94,7 @@ impl Registry {
         let before = self.context.board.get(&claim.instance).filter(|entry| entry.state == state);
         // Since when it is ready an earlier agent may know.
         let stored = claim.since.filter(|(since, _)| *since == state).map(|(_, at)| at);
+        let since = before.map(|entry| entry.since).or(stored).unwrap_or_else(clock::now);
         let entry = Entry {
             token: claim.token,
             owned: true,
@@ -101,7 +102,8 @@ impl Registry {
             pid: unsure.pid,
             restarts: claim.restarts,
             message,
-            since: before.map(|entry| entry.since).or(stored).unwrap_or_else(clock::now),
+            since,
+            progressed_at: since,
             traceparent: String::new(),
             exit_code: None,
             exit_signal: None,

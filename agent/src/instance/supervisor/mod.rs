@@ -4,6 +4,7 @@
 //! itself; the registry talks to it through a [`Handle`].
 
 mod keep;
+mod progress;
 mod tasks;
 mod tell;
 
@@ -26,6 +27,7 @@ use drover_shim::{
     failpoint::{self, Step},
     record::{Directory, Record},
 };
+use progress::Progress;
 use prost_types::Timestamp;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -57,6 +59,8 @@ enum Message {
     Launched(Result<Run, run::Failed>),
     /// It may be launched; the others wait while this is held.
     Turn(Turn),
+    /// It waits for its turn, as it should.
+    Waits,
     Event(Event),
 }
 
@@ -68,6 +72,7 @@ struct Supervisor {
     policy: Policy,
     state: State,
     since: Timestamp,
+    progress: Progress,
     spans: Spans,
     run: Option<(Arc<dyn machine::Process>, Record)>,
     /// The process that ended last; 0 when the present attempt has had none yet.
@@ -109,6 +114,7 @@ pub fn spawn(context: Arc<Context>, claim: Claim, directory: Directory, begin: B
         policy,
         state,
         since,
+        progress: Progress::now(),
         spans,
         run,
         ended_pid: 0,
@@ -200,6 +206,11 @@ impl Supervisor {
                 }
                 self.take(event).await;
             }
+            Message::Waits => {
+                if self.progress.made() {
+                    self.publish();
+                }
+            }
             Message::Turn(turn) => {
                 self.turn = Some(turn);
                 self.take(Event::Turn).await;
@@ -226,10 +237,14 @@ impl Supervisor {
 
     async fn take(&mut self, event: Event) {
         let before = self.state.clone();
+        if event == Event::Progress && before.phase == Phase::Loading {
+            self.progress.made();
+        }
         let (state, actions) = self.state.clone().step(event, now_ms(), &self.policy, world::random_u64());
         self.state = state;
         if before.phase != self.state.phase {
             self.since = clock::now();
+            self.progress = Progress::now();
             self.trace(before.phase);
             let why = if self.state.message.is_empty() { String::new() } else { format!(": {}", self.state.message) };
             tracing::info!(from = ?before.phase, pid = self.pid(), token = %self.claim.token, "{:?}{why}", self.state.phase);

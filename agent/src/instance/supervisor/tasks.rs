@@ -6,15 +6,15 @@ use super::{
         state::{Event, Health, Lease, Phase},
         traces,
     },
-    Message, Supervisor,
+    Message, Supervisor, progress,
 };
 use crate::clock;
 use drover_proto::world;
 use drover_shim::failpoint::{self, Step};
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 use tokio::{
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{Instrument as _, Span};
 
@@ -37,8 +37,18 @@ impl Supervisor {
         let (context, messages, number) = (self.context.clone(), self.messages.clone(), self.number);
         self.tasks = JoinSet::new();
         self.tasks.spawn(world::task(async move {
-            let turn = context.turns.take().await;
-            let _ = messages.send((number, Message::Turn(turn))).await;
+            let mut turn = pin!(context.turns.take());
+            loop {
+                // A turn ends, whoever has it; how many wait before this one nobody can bound.
+                let message = match timeout(progress::TOLD_EVERY, &mut turn).await {
+                    Ok(turn) => Message::Turn(turn),
+                    Err(_) => Message::Waits,
+                };
+                let over = matches!(message, Message::Turn(_));
+                if messages.send((number, message)).await.is_err() || over {
+                    return;
+                }
+            }
         }));
     }
 
@@ -93,16 +103,16 @@ impl Supervisor {
         }
         let (messages, mut loading) = (self.messages.clone(), self.loading.subscribe());
         self.tasks.spawn(world::task(async move {
-            let mut done = living.work();
+            let (mut done, mut at) = (living.work(), Instant::now());
             while *loading.borrow_and_update() {
-                let _ = tokio::time::timeout(PROGRESS_INTERVAL, loading.changed()).await;
+                let _ = timeout(PROGRESS_INTERVAL, loading.changed()).await;
                 let now = living.work();
-                // Where it can't be read the lack of progress can't be told either.
-                let progress = now.is_none() || now != done;
-                if progress && messages.send((number, Message::Event(Event::Progress))).await.is_err() {
-                    return;
+                if progress::shows(done, now, at.elapsed()) {
+                    if messages.send((number, Message::Event(Event::Progress))).await.is_err() {
+                        return;
+                    }
+                    (done, at) = (now, Instant::now());
                 }
-                done = now;
             }
         }));
     }

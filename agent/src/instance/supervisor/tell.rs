@@ -95,6 +95,7 @@ impl Supervisor {
             restarts: self.state.restarts,
             message: self.state.message.clone(),
             since: self.since,
+            progressed_at: self.progress.told_at(),
             traceparent: self.spans.traceparent().to_owned(),
             exit_code: self.state.last_end.as_ref().and_then(|end| end.code),
             exit_signal: self.state.last_end.as_ref().and_then(|end| end.signal),

@@ -3,7 +3,7 @@
 use super::{Refused, refused};
 use crate::{
     control::{clock, mutant},
-    plan::snapshot::Snapshot,
+    plan::{avoid, snapshot::Snapshot},
     store::{self, Compare, Op, Txn, keys, records},
 };
 use drover_proto::{
@@ -44,10 +44,11 @@ struct Open<'a> {
 impl Open<'_> {
     /// A re-claim does not hang on an offer: that the record was written meanwhile, to offer the instance to others, must not
     /// let them win. False when nothing was written, or this has happened too often.
-    fn renew(&mut self, instance: Option<&store::KeyValue>) -> bool {
+    fn renew(&mut self, node: &str, instance: Option<&store::KeyValue>) -> bool {
         let Some(now) = instance.filter(|now| now.mod_revision != self.instance_revision) else { return false };
-        let wanted = records::decode::<record::Instance>(now).is_ok_and(|instance| instance.wanted);
-        if self.item.recorded_token.is_none() || !wanted || self.rounds == ROUNDS_MAX {
+        let may = |instance: &record::Instance| instance.wanted && avoided(instance, node).is_none();
+        let may = records::decode::<record::Instance>(now).is_ok_and(|instance| may(&instance));
+        if self.item.recorded_token.is_none() || !may || self.rounds == ROUNDS_MAX {
             return false;
         }
         (self.instance_revision, self.rounds) = (now.mod_revision, self.rounds + 1);
@@ -129,6 +130,7 @@ impl<'a> Batch<'a> {
                 revision: *revision,
                 session_revision: self.request.session_revision,
                 offer_revision: if item.recorded_token.is_none() { item.offer_revision } else { 0 },
+                made_at: Some(clock::now()),
             };
             let taken = record::Taken { node: self.node.to_owned(), nonce: item.nonce.clone() };
             let leased = if mutant::on(mutant::name::CLAIM_WITHOUT_LEASE) { 0 } else { lease };
@@ -163,7 +165,7 @@ impl<'a> Batch<'a> {
         let mut renewed = false;
         for (n, mut one) in self.open.drain(..).enumerate() {
             let [claim, instance, taken] = [1, 2, 3].map(|k| read(3 * n + k));
-            renewed |= claim.is_none() && one.renew(instance);
+            renewed |= claim.is_none() && one.renew(self.node, instance);
             match why_lost(&one, claim, instance, taken) {
                 Some(why) => refuse(&mut self.results[one.place], why),
                 None => kept.push(one),
@@ -228,6 +230,9 @@ fn check<'a>(
     {
         return Err(refused(reason::ALREADY_CLAIMED, format!("{id} is owned by {}", claim.value.node)));
     }
+    if again && let Some(why) = avoided(&stored.value, node) {
+        return Err(refused(reason::AVOIDED, format!("{id} is not to be claimed by {node} yet: {why}")));
+    }
     if snapshot.halted() && !(again && snapshot.halt.as_ref().is_some_and(|h| h.value.level == "claims")) {
         return Err(refused(reason::HALTED, "claiming is halted"));
     }
@@ -244,6 +249,14 @@ fn check<'a>(
         .spec_of(&stored.value)
         .ok_or_else(|| gone(format!("revision {revision} of {} is gone", stored.value.deployment)))?;
     Ok(Open { place, item, instance_revision: stored.mod_revision, rounds: 0, spec, revision })
+}
+
+/// Why a node may not claim an instance again yet, if it may not: it had claimed it in vain. Its offer names it when it may.
+fn avoided(instance: &record::Instance, node: &str) -> Option<String> {
+    let avoid = avoid::in_force(instance, node, clock::now_ms())?;
+    let until = avoid.until.map(|until| until.to_string()).unwrap_or_default();
+    let why = || format!("it is avoided until {until} ({})", avoid.why);
+    (!mutant::on(mutant::name::AVOIDED_CLAIMS_AGAIN)).then(why)
 }
 
 /// Memory of a run to be claimed again that counts as reserved already, in bytes.

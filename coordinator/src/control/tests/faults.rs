@@ -224,13 +224,16 @@ pub(super) async fn leading(world: &World) -> tokio::sync::watch::Sender<Option<
     lead
 }
 
-fn cycle(world: &World) -> Cycle {
+pub(super) fn cycle(world: &World) -> Cycle {
     let settings = plan::Settings {
         candidates: 3,
         offer_deadline_ms: 60_000,
         grace_ms: 1000,
         revisions_kept: 3,
         freeze_share_percent: 55,
+        progress_deadline_ms: 60_000,
+        give_up_after_ms: 60_000,
+        avoid: plan::avoid::Delays { first_ms: 60_000, max_ms: 600_000 },
     };
     let (store, view, events) = (world.store.clone(), world.view.clone(), world.events.clone());
     Cycle { store, view, events, settings, replace_rate: Rate { burst: 50, per_s: 10 }, seed: 1 }

@@ -101,7 +101,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         view.clone(),
         events.clone(),
         gateway.proxies(),
-        config.freeze_share_percent,
+        &planning(&config),
         stop.clone(),
     );
     let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;

@@ -13,7 +13,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-const FLEET: [&str; 17] = [
+const FLEET: [&str; 18] = [
     "ApplyDeployment",
     "GetDeployment",
     "ListDeployments",
@@ -30,6 +30,7 @@ const FLEET: [&str; 17] = [
     "CheckDuplicates",
     "GetFreeze",
     "OverrideFreeze",
+    "ReleaseClaim",
     "RemoveNode",
 ];
 

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 pub use check::{Check, CheckCommand};
 pub use dev::{Dev, Store};
-pub use nodes::{Freeze, FreezeCommand, OverrideFreeze, RemoveNode};
+pub use nodes::{Freeze, FreezeCommand, OverrideFreeze, Release, RemoveNode};
 pub use processes::{Cleanup, ListProcesses, Processes, ProcessesCommand, StopProcess};
 
 const EXIT_CODES: &str = "\
@@ -138,6 +138,16 @@ Above a share of lost nodes (55 % of those seen in the last hour) what is wrong 
 the coordinators, and their servers run on: nothing that was owned is claimed elsewhere then. It goes on when nodes come back,
 when they have been lost for an hour, when they are removed (`drover remove-node`), or for as long as an override stands.")]
     Freeze(Freeze),
+    /// Take an instance from the node that holds it, by force, so that another node may have it
+    #[command(after_help = "\
+Examples:
+  drover release tiny-x2k9vd --reason \"it hangs\"
+  drover release tiny-x2k9vd --token 1.4711     only if this claim still stands
+
+For one that gets nowhere there: what makes no progress, or fails again and again, is given up by itself in the end. Nothing is
+stopped: what runs there goes on, and ends when another node's server is ready in its place. That node is not offered it again
+for a while. `drover get instance ID --output json` shows the token, `drover events --object instance/ID` who did what.")]
+    Release(Release),
     /// Forget a node that is gone for good: it counts as lost no more, and its name is free
     #[command(after_help = "Example:\n  drover remove-node gpu-7 --reason \"sent back\"")]
     RemoveNode(RemoveNode),
@@ -378,6 +388,8 @@ mod tests {
             "drover freeze override --for 0",
             "drover freeze override --for 3601",
             "drover remove-node",
+            "drover release",
+            "drover release tiny-x --token 7",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
@@ -387,6 +399,7 @@ mod tests {
             "drover processes stop --name tiny --force",
             "drover processes stop --node a --all --yes",
             "drover processes stop --node a --pid 7",
+            "drover release tiny-x --token 1.7",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }

@@ -4,7 +4,7 @@
 
 mod fake;
 
-use drover_proto::v1::{Event, Instance, InstanceState, Severity};
+use drover_proto::v1::{Event, Instance, InstanceState, Severity, Token};
 use fake::{Fake, parts, run};
 use std::path::PathBuf;
 
@@ -126,6 +126,31 @@ async fn a_wait_that_ran_out_tells_what_leader_and_nodes_said() {
     let why = "drover: tiny was not ready within 1 s: 0 of 1 ready; tiny-x PENDING (offered to a); \
                no node has the label x=y; node/a: the file is no model (Word)\n";
     assert!(code == 4 && err.ends_with(why), "{code}: {err}");
+}
+
+#[tokio::test]
+async fn a_claim_is_released_and_its_holder_named() {
+    let fake = Fake::default();
+    let address = fake.serve().await;
+    let instance = Instance {
+        id: "tiny-x".into(),
+        node: "a".into(),
+        token: Some(Token { generation: 1, revision: 7 }),
+        state: InstanceState::Loading.into(),
+        ..Default::default()
+    };
+    fake.0.lock().unwrap().instances = vec![instance];
+    let (code, out, err) =
+        parts(&run(&address, &["release", "tiny-x", "--token", "1.7", "--reason", "it hangs"]).await);
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with("tiny-x is released: node a had it under token 1.7 (LOADING, held for 5s)"), "{out}");
+    let (code, out, err) = parts(&run(&address, &["release", "tiny-x", "--output", "json"]).await);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, json["node"].as_str(), json["state"].as_str()), (0, Some("a"), Some("INSTANCE_STATE_LOADING")));
+    assert!(fake.0.lock().unwrap().traces.iter().all(|trace| trace.starts_with("00-")), "{err}");
+    let (code, out, err) = parts(&run(&address, &["release", "tiny-y"]).await);
+    assert_eq!((code, out.as_str()), (1, ""), "{err}");
+    assert!(err.contains("nobody holds a claim on tiny-y"), "{err}");
 }
 
 #[tokio::test]

@@ -7,10 +7,11 @@ use super::{
     nodes::Nodes,
     page,
     processes::{self, Processes},
+    release::Release,
 };
 use crate::{
     control::{commands::Commands, events::Events, view::View},
-    plan::snapshot::Snapshot,
+    plan::{self, snapshot::Snapshot},
     store::Store,
 };
 use drover_proto::{
@@ -32,6 +33,7 @@ pub struct Fleet {
     deployments: Deployments,
     processes: Processes,
     nodes: Nodes,
+    release: Release,
     proxies: crate::gateway::ProxyClient,
     stop: CancellationToken,
 }
@@ -44,14 +46,21 @@ impl Fleet {
         view: View,
         events: Events,
         proxies: crate::gateway::ProxyClient,
-        freeze_share_percent: u32,
+        planning: &plan::Settings,
         stop: CancellationToken,
     ) -> Self {
         let deployments = Deployments { store: store.clone(), view: view.clone(), events: events.clone() };
         let commands = Commands::new(store.clone(), view.clone());
-        let nodes = Nodes { store: store.clone(), view: view.clone(), events: events.clone(), freeze_share_percent };
+        let nodes = Nodes {
+            store: store.clone(),
+            view: view.clone(),
+            events: events.clone(),
+            freeze_share_percent: planning.freeze_share_percent,
+        };
+        let (to, seen, told) = (store.clone(), view.clone(), events.clone());
+        let release = Release { store: to, view: seen, events: told, delays: planning.avoid };
         let processes = Processes { store: store.clone(), view: view.clone(), events, commands };
-        Self { store, view, deployments, processes, nodes, proxies, stop }
+        Self { store, view, deployments, processes, nodes, release, proxies, stop }
     }
 
     /// A stream that ends, with an error that tells the caller to go elsewhere, when this coordinator goes away.
@@ -243,6 +252,15 @@ impl FleetService for Fleet {
         let (span, who) = (call_span!(request, "fleet.override_freeze"), processes::caller(&request));
         let freeze = self.nodes.override_freeze(&who, request.into_inner()).instrument(span).await?;
         Ok(Response::new(v1::OverrideFreezeResponse { freeze: Some(freeze) }))
+    }
+
+    async fn release_claim(
+        &self,
+        request: Request<v1::ReleaseClaimRequest>,
+    ) -> Result<Response<v1::ReleaseClaimResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.release_claim"), processes::caller(&request));
+        Ok(Response::new(self.release.release(&who, request.into_inner()).instrument(span).await?))
     }
 
     async fn remove_node(

@@ -9,6 +9,7 @@ mod node;
 mod nodes;
 mod page;
 mod processes;
+mod release;
 mod validate;
 
 pub use fleet::Fleet;

@@ -1,6 +1,7 @@
-//! The command lines of `drover freeze` and `drover remove-node`.
+//! The command lines of `drover freeze`, `drover release` and `drover remove-node`.
 
 use clap::{Args, Subcommand};
+use drover_proto::v1::Token;
 
 /// Options of `freeze`.
 #[derive(Debug, Args)]
@@ -27,6 +28,19 @@ pub struct OverrideFreeze {
     /// For how long, in seconds
     #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(i64).range(1..=3600))]
     pub for_s: i64,
+    /// Why; recorded with the event
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
+/// Options of `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// Id of the instance
+    pub instance: String,
+    /// Only the claim with this token
+    #[arg(long, value_name = "GENERATION.REVISION")]
+    pub token: Option<Token>,
     /// Why; recorded with the event
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,

@@ -11,6 +11,7 @@ pub mod freeze;
 pub mod get;
 pub mod logs;
 pub mod processes;
+pub mod release;
 pub mod remove_node;
 pub mod scale;
 pub mod version;
@@ -67,6 +68,7 @@ async fn one(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Processes(options) => processes::run(context, &options).await,
         Command::Check(options) => check::run(context, &options).await,
         Command::Freeze(options) => freeze::run(context, &options).await,
+        Command::Release(options) => release::run(context, &options).await,
         Command::RemoveNode(options) => remove_node::run(context, &options).await,
         Command::Chat(options) => chat::run(context, &options).await,
         Command::Dev(options) => crate::dev::run(context, &options).await,

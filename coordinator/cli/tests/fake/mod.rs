@@ -254,6 +254,27 @@ impl fleet_service_server::FleetService for Fake {
         Ok(Response::new(OverrideFreezeResponse { freeze: Some(state.freeze.clone()) }))
     }
 
+    async fn release_claim(
+        &self,
+        request: Request<ReleaseClaimRequest>,
+    ) -> Result<Response<ReleaseClaimResponse>, Status> {
+        self.note(&request);
+        let request = request.into_inner();
+        let state = self.0.lock().unwrap();
+        let held = state.instances.iter().find(|i| i.id == request.instance && i.token.is_some());
+        let Some(held) = held else {
+            let what = format!("nobody holds a claim on {}", request.instance);
+            return Err(status::with_reason(Code::FailedPrecondition, status::reason::NOT_CLAIMED, what));
+        };
+        Ok(Response::new(ReleaseClaimResponse {
+            node: held.node.clone(),
+            token: held.token,
+            state: held.state,
+            held_ms: 5000,
+            avoided_until: None,
+        }))
+    }
+
     async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Result<Response<RemoveNodeResponse>, Status> {
         match request.into_inner().name.as_str() {
             "gone" => Ok(Response::new(RemoveNodeResponse {})),

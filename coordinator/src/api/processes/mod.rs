@@ -122,7 +122,7 @@ fn by_node(processes: Vec<HostProcess>) -> BTreeMap<String, Vec<HostProcess>> {
 
 /// The reason as it ends an event's message.
 #[allow(clippy::result_large_err)] // tonic's own type
-fn why(reason: &str) -> Result<String, Status> {
+pub(super) fn why(reason: &str) -> Result<String, Status> {
     let reason = reason.trim();
     let count = reason.chars().count();
     if count > REASON_MAX {

@@ -1,7 +1,9 @@
 //! One agent for each state directory: an exclusive lock on a file in it, held for as long as the agent lives. And who
 //! holds such a lock, told without taking it.
 
+use crate::clock;
 use anyhow::{Context as _, bail};
+use drover_shim::identity;
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -54,12 +56,15 @@ pub async fn take(state_dir: &Path, patience: Duration) -> anyhow::Result<Lock> 
             }
             Err((mut file, Errno::EWOULDBLOCK)) => {
                 if tokio::time::Instant::now() >= deadline {
+                    // Who has taken it has written its pid down; on a full disk it could not.
                     let mut pid = String::new();
                     let _ = file.rewind().and_then(|()| file.read_to_string(&mut pid));
+                    let holder = pid.trim().parse().map_or_else(|_| held_by(&path), described);
                     bail!(
-                        "state_dir = {}: another agent uses it (pid {}): end that one, or give this one a state_dir of its own",
+                        "state_dir = {}: another agent uses it ({holder}), and has not ended within {} s: end that one, or give \
+                         this one a state_dir of its own",
                         state_dir.display(),
-                        pid.trim()
+                        patience.as_secs()
                     );
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -94,6 +99,25 @@ pub enum Holder {
     Process(i32),
     /// It can't be told; says why.
     Unknown(String),
+}
+
+/// Who holds the lock on a file, and for how long that process has run, for people.
+#[must_use]
+pub fn held_by(path: &Path) -> String {
+    match holder(path) {
+        Holder::Process(pid) => described(pid),
+        Holder::Nobody => "it has just let go".to_owned(),
+        Holder::Unknown(why) => format!("which process can't be told: {why}"),
+    }
+}
+
+fn described(pid: i32) -> String {
+    // The kernel counts it in hundredths of a second.
+    let started = identity::stat(pid).map(|stat| Duration::from_millis(stat.start_ticks.saturating_mul(10)));
+    match started {
+        Ok(started) => format!("pid {pid}, started {} s ago", clock::boottime().saturating_sub(started).as_secs()),
+        Err(_) => format!("pid {pid}"),
+    }
 }
 
 /// Finds out who holds the lock on a file. Takes no lock, not for a moment: the kernel's list is read.
@@ -149,6 +173,7 @@ mod tests {
         assert_eq!(holder(&path), Holder::Nobody);
         let lock = take(place.path(), Duration::ZERO).await.unwrap();
         assert_eq!(holder(&path), Holder::Process(std::process::id().cast_signed()));
+        assert!(held_by(&path).starts_with(&format!("pid {}, started ", std::process::id())), "{}", held_by(&path));
         drop(lock);
         assert_eq!(holder(&path), Holder::Nobody);
         let shared = "2: FLOCK  ADVISORY  READ 28337 fe:00:7 0 EOF";
@@ -161,7 +186,8 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let first = take(place.path(), Duration::ZERO).await.unwrap();
         let error = take(place.path(), Duration::ZERO).await.unwrap_err().to_string();
-        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+        let (holder, way_out) = (format!("(pid {}, started ", std::process::id()), "end that one");
+        assert!(error.contains(&holder) && error.contains(" s ago)") && error.contains(way_out), "{error}");
         drop(first);
         take(place.path(), Duration::ZERO).await.unwrap();
     }

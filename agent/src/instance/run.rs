@@ -13,6 +13,7 @@ use crate::{
         cgroup, disk,
         processes::{self, Found},
     },
+    lock,
     model::{self, Model},
     mutant,
 };
@@ -130,7 +131,7 @@ pub async fn launch(context: &Context, claim: &Claim, directory: &Directory) -> 
     }
     let mut shim = start_shim(&settings.shim, directory)?;
     failpoint::at(Step::StartShimForked);
-    let said = timeout(LAUNCH_DEADLINE, hear(&mut shim, ends_with_lease)).await;
+    let said = timeout(LAUNCH_DEADLINE, hear(&mut shim, directory, ends_with_lease)).await;
     let outcome = match said {
         Ok(said) => said,
         Err(_) => {
@@ -224,7 +225,7 @@ fn start_shim(shim: &Path, directory: &Directory) -> Result<Child, Failed> {
 }
 
 /// Listens to a shim until its process is released, or will not be.
-async fn hear(shim: &mut Child, ends_with_lease: bool) -> Result<(), Failed> {
+async fn hear(shim: &mut Child, directory: &Directory, ends_with_lease: bool) -> Result<(), Failed> {
     let Some(output) = shim.stdout.take() else { return Err(Failed::again("the shim has no output")) };
     let mut lines = BufReader::<ChildStdout>::new(output).lines();
     while let Ok(Some(line)) = lines.next_line().await {
@@ -236,7 +237,14 @@ async fn hear(shim: &mut Child, ends_with_lease: bool) -> Result<(), Failed> {
                 let (code, why) = rest.split_once(' ').unwrap_or((rest, ""));
                 // A lower token: somebody else was given this instance meanwhile.
                 let retry = code != "11";
-                let way_out = if ends_with_lease && code == "16" { TOO_OLD } else { "" };
+                let way_out = match code {
+                    "10" => format!(
+                        " ({}): it lets go when its server has ended; drover-agent check shows both",
+                        lock::held_by(&directory.lock())
+                    ),
+                    "16" if ends_with_lease => TOO_OLD.to_owned(),
+                    _ => String::new(),
+                };
                 return Err(Failed { retry, ..Failed::again(format!("the start was refused: {why}{way_out}")) });
             }
             "note" => tracing::warn!("shim: {rest}"),

@@ -208,7 +208,8 @@ impl Registry {
                     self.tell_ordered(instance, token, order);
                     handle.want(false, "").await;
                 }
-                handle.discard().await
+                // One that was discarded too late to be heard has left nothing either.
+                handle.discard().await || (handle.is_over() && self.context.board.get(instance).is_none())
             }
         };
         if gone {

@@ -169,7 +169,9 @@ impl Supervisor {
                         self.settle_raises().await;
                     }
                     Some(Command::Discard(answer)) => {
-                        let possible = self.state.process == Process::None && self.discard().await;
+                        // Who has given up waiting does not know what has become of it.
+                        let waited_for = !answer.is_closed();
+                        let possible = waited_for && self.state.process == Process::None && self.discard().await;
                         let _ = answer.send(possible);
                         if possible {
                             return;

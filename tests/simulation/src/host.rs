@@ -57,6 +57,8 @@ pub struct Host {
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// Its launches never come to an end.
+    does_nothing: bool,
     boot: u32,
     disk: BTreeMap<String, Files>,
     session: Option<Stored>,
@@ -125,6 +127,11 @@ impl Host {
     /// Loses the file of the session.
     pub fn lose_session(&self) {
         lock(&self.inner).session = None;
+    }
+
+    /// From now on whatever is launched here hangs for good, while the agent keeps its session.
+    pub fn do_nothing(&self) {
+        lock(&self.inner).does_nothing = true;
     }
 
     /// A server ends by itself; which one, chance says.
@@ -426,6 +433,10 @@ impl Machine for Here {
         let instance = of(directory);
         if let Some(run) = self.0.living(&instance) {
             return Ok(run);
+        }
+        let does_nothing = lock(&self.0.inner).does_nothing;
+        if does_nothing {
+            std::future::pending::<()>().await;
         }
         let failed = |message: String, retry| Failed { message, retry, ended: None };
         let Some(deadline_ns) = context.session.start_until_ns() else {

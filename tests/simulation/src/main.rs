@@ -189,7 +189,7 @@ fn seeds_of(
 #[cfg(all(test, debug_assertions))]
 mod tests {
     use super::*;
-    use plan::Step;
+    use plan::{Step, Towards};
 
     #[test]
     fn a_fleet_without_faults_comes_to_what_was_asked_of_it() {
@@ -197,6 +197,15 @@ mod tests {
             let outcome = run(&Plan::of(seed, true), Options { keep: 100, ..Options::default() });
             assert_eq!(outcome.violations, [], "seed {seed}\n{}", outcome.last.join("\n"));
             assert!(outcome.revisions > 20, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn beside_an_agent_that_claims_and_then_does_nothing_all_is_ready_in_the_end() {
+        for seed in 0..10 {
+            let plan = Plan::of(seed, false).towards(Towards::IdleAgents);
+            let outcome = run(&plan, Options { keep: 100, ..Options::default() });
+            assert_eq!(outcome.violations, [], "seed {seed}\n{}", outcome.last.join("\n"));
         }
     }
 

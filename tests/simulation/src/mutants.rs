@@ -143,6 +143,12 @@ pub const ALL: &[Mutant] = &[
         by: By::Seeds,
     },
     Mutant {
+        name: "nothing-is-given-up",
+        breaks: "an agent that claims and then does nothing keeps what it has claimed",
+        named_by: &[Rule::EndState],
+        by: By::More(Towards::IdleAgents),
+    },
+    Mutant {
         name: "acting-on-unknown-outcome",
         breaks: "the leader plans on though a write may still take effect",
         named_by: &[Rule::SurplusInstance],

@@ -33,6 +33,8 @@ pub enum Step {
     Reboot { agent: usize, ms: u64 },
     /// The file of an agent's session is lost, and the agent killed.
     LoseSession { agent: usize, ms: u64 },
+    /// An agent claims from now on, and then does nothing.
+    DoesNothing { agent: usize },
     /// A server ends.
     ServerEnds { agent: usize },
     /// A coordinator is killed, or told to end, and started again later.
@@ -173,6 +175,18 @@ impl Plan {
                     plan.steps.push((6000 + n * 3000, cut));
                 }
             }
+            Towards::IdleAgents => {
+                plan.settings.bad_calls = 0;
+                plan.settings.offer_deadline_ms = 5000;
+                // What is asked for fits without it.
+                plan.nodes.iter_mut().for_each(|units| *units = 4);
+                for (_, step) in &mut plan.steps {
+                    if let Step::Apply { replicas, .. } = step {
+                        *replicas = 1;
+                    }
+                }
+                plan.steps.push((0, Step::DoesNothing { agent: agent(&mut chance) }));
+            }
             Towards::UsedOffers => {
                 plan.settings.ttl_ms = 2000;
                 plan.settings.candidates = 3;
@@ -200,6 +214,8 @@ pub enum Towards {
     Restores,
     /// Nodes lose their sessions, and come back with what runs on them.
     LostSessions,
+    /// One agent claims, and then does nothing, for good.
+    IdleAgents,
     /// Calls linger while the owner of what they claim is lost.
     UsedOffers,
 }

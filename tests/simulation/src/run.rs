@@ -286,6 +286,7 @@ impl Fleet {
                 sim.hosts[agent].lose_session();
                 self.later(ms, move |fleet| fleet.start_agent(agent));
             }
+            Step::DoesNothing { agent } => sim.hosts[agent].do_nothing(),
             Step::ServerEnds { agent } => sim.hosts[agent].server_ends(),
             Step::KillCoordinator { coordinator, kill, ms } => {
                 if kill {

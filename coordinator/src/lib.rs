@@ -11,5 +11,6 @@ pub mod gateway;
 pub mod invariants;
 pub mod plan;
 pub mod serve;
+mod stall;
 pub mod store;
 pub mod web;

@@ -1,7 +1,7 @@
 //! Builds the coordinator from its parts and serves until a signal.
 
 use crate::{
-    api,
+    api::{self, Elsewhere},
     audit::{self, Audit},
     config::{Config, StoreKind},
     control::{
@@ -10,6 +10,7 @@ use crate::{
     },
     gateway::Gateway,
     plan::{self, snapshot::Snapshot},
+    stall,
     store::{
         Store, etcd, memory,
         schema::{self, Known},
@@ -27,6 +28,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::Trac
 use std::{path::Path, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
+    runtime::Handle,
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
@@ -37,8 +39,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Longest time that spans are exported for at the end.
 const FLUSH: Duration = Duration::from_secs(3);
 
-/// Runs a coordinator until SIGTERM or SIGINT.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+/// Runs a coordinator until SIGTERM or SIGINT. Connections of gRPC live on the runtime `connections`, and heartbeats and
+/// renewals of leases with them; all else is done on the one that this is called on.
+pub async fn run(config: Config, connections: Handle) -> anyhow::Result<()> {
+    stall::watch();
     let telemetry = drover_telemetry::init(drover_telemetry::Settings {
         program: "drover-coordinator",
         instance: config.id.clone(),
@@ -52,12 +56,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     security.check_listener("grpc_listen", config.grpc_listen)?;
     security.check_listener("http_listen", config.http_listen)?;
     // Bound before any work, so that a port that is taken costs nothing.
-    let grpc =
-        TcpListener::bind(config.grpc_listen).await.with_context(|| format!("grpc_listen = {}", config.grpc_listen))?;
+    let grpc = connections.spawn(TcpListener::bind(config.grpc_listen)).await?;
+    let grpc = grpc.with_context(|| format!("grpc_listen = {}", config.grpc_listen))?;
     let http =
         TcpListener::bind(config.http_listen).await.with_context(|| format!("http_listen = {}", config.http_listen))?;
     let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
-    let store = open_store(&config).await?;
+    let store = open_store(&config, connections.clone()).await?;
 
     let stop = CancellationToken::new();
     let audit = Audit::new(audit::Settings::from_env().context("the trace backend's settings")?);
@@ -87,6 +91,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         statuses,
         audit: audit.clone(),
         shares: sessions::Cache::default(),
+        streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         settings: sessions::Settings {
             coordinator: config.id.clone(),
@@ -104,7 +109,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         &planning(&config),
         stop.clone(),
     );
-    let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), stop.clone()).await?;
+    let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), (stop.clone(), connections)).await?;
     let probe = Arc::new(Probe { reach, audit, alarm, freeze_share_percent: config.freeze_share_percent });
     let router = web::router(&gateway, view.subscribe(), probe);
     let mut http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
@@ -155,7 +160,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// The store; it renews leases over a connection of their own.
-async fn open_store(config: &Config) -> anyhow::Result<Store> {
+async fn open_store(config: &Config, connections: Handle) -> anyhow::Result<Store> {
     let store: Store = match config.store {
         StoreKind::Memory => {
             tracing::warn!("the store is this process's memory: nothing survives its end");
@@ -164,6 +169,7 @@ async fn open_store(config: &Config) -> anyhow::Result<Store> {
         StoreKind::Etcd => {
             let settings = etcd::Settings {
                 prefix: config.etcd_prefix.clone(),
+                renewals: Some(connections),
                 ..etcd::Settings::new(config.etcd_endpoints.clone())
             };
             Arc::new(etcd::Etcd::connect(settings).await?)
@@ -268,7 +274,7 @@ async fn serve_grpc(
     fleet: api::Fleet,
     node: api::Node,
     audit: Audit,
-    stop: CancellationToken,
+    (stop, connections): (CancellationToken, Handle),
 ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
     let admit = Admit::new(security.clone());
     let max = limits::MESSAGE_BYTES_MAX;
@@ -287,15 +293,16 @@ async fn serve_grpc(
     // Many clients (grpcurl before 1.8.9, Python's) still ask the older form.
     let reflection_v1alpha = reflection().build_v1alpha().context("reflection")?;
     let reflection = reflection().build_v1().context("reflection")?;
+    let here = Handle::current();
     let router = transport::server()
-        .add_service(InterceptedService::new(fleet, admit.clone()))
-        .add_service(InterceptedService::new(node, admit.clone()))
-        .add_service(InterceptedService::new(traces, admit.clone()))
+        .add_service(InterceptedService::new(Elsewhere::new(fleet, here.clone()), admit.clone()))
+        .add_service(InterceptedService::new(Elsewhere::new(node, here.clone()), admit.clone()))
+        .add_service(InterceptedService::new(Elsewhere::new(traces, here), admit.clone()))
         .add_service(InterceptedService::new(reflection, admit.clone()))
         .add_service(InterceptedService::new(reflection_v1alpha, admit))
         .add_service(health_service);
     let incoming = transport::incoming(listener);
-    Ok(tokio::spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await }))
+    Ok(connections.spawn(async move { router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await }))
 }
 
 async fn until_signal() -> anyhow::Result<()> {

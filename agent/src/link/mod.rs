@@ -1,10 +1,11 @@
 //! The node's session with the coordinators, and its claims.
 //!
-//! The session's stream has a thread, a runtime and a connection of its own ([`session`]), so that no work of this host
-//! delays a heartbeat. Claims go one after the other over another connection ([`claims`]); what the coordinator says of
+//! The session's stream has a thread, a runtime and a connection of its own ([`session`]), and so have its heartbeats
+//! ([`heartbeats`]), so that no work of this host delays them. Claims go one after the other over another connection ([`claims`]); what the coordinator says of
 //! ownership is applied by a task on the main runtime. Must never: decide what an instance does, or reach the store.
 
 pub mod claims;
+mod heartbeats;
 pub mod identity;
 pub mod offers;
 pub mod remote;
@@ -59,7 +60,7 @@ pub struct Parts {
 pub struct Link {
     identity: Arc<Identity>,
     stop: CancellationToken,
-    thread: std::thread::JoinHandle<()>,
+    threads: [std::thread::JoinHandle<()>; 2],
 }
 
 /// What the loops of the link work with, whoever runs them.
@@ -113,12 +114,16 @@ pub async fn start(parts: Parts) -> anyhow::Result<Link> {
         },
         &stop,
     );
+    let heartbeats = session.heartbeats();
+    let threads =
+        [thread("heartbeats", heartbeats.keep(stop.clone()))?, thread("session", session.keep(stop.clone()))?];
+    Ok(Link { identity, stop, threads })
+}
+
+/// A thread of its own, with a runtime of its own.
+fn thread(name: &str, work: impl Future<Output = ()> + Send + 'static) -> std::io::Result<std::thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let stopped = stop.clone();
-    let thread = std::thread::Builder::new()
-        .name("session".to_owned())
-        .spawn(move || runtime.block_on(session.keep(stopped)))?;
-    Ok(Link { identity, stop, thread })
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || runtime.block_on(work))
 }
 
 /// Starts the loops that claim and that apply sets of claims; the session's own loop ([`session::Session::keep`]) is the
@@ -137,7 +142,11 @@ pub fn wire(wiring: Wiring, stop: &CancellationToken) -> (Arc<Identity>, session
     tokio::spawn(world::task(stop.clone().run_until_cancelled_owned(claims.work(offered, unowned, reconciling))));
     let apply = apply(registry.clone(), latest_set, again, tell_applied);
     tokio::spawn(world::task(stop.clone().run_until_cancelled_owned(apply)));
+    let (tell_beats, beats) = watch::channel((0, heartbeats::Beats::Down));
     let session = session::Session {
+        beating: watch::Sender::new(None),
+        beats,
+        tell_beats: Arc::new(tell_beats),
         registry,
         coordinators,
         about,
@@ -178,9 +187,9 @@ impl Link {
     /// Ends the session's stream; the lease lives on until it runs out, so that the next agent can resume it.
     pub async fn stop(self, deadline: Duration) {
         self.stop.cancel();
-        let ended = tokio::task::spawn_blocking(move || self.thread.join());
+        let ended = tokio::task::spawn_blocking(move || self.threads.map(std::thread::JoinHandle::join));
         if tokio::time::timeout(deadline, ended).await.is_err() {
-            tracing::warn!("the session's thread has not ended in time");
+            tracing::warn!("the session's threads have not ended in time");
         }
     }
 }

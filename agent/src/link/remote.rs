@@ -6,8 +6,8 @@ use drover_proto::{
     limits,
     transport::{Connection, Target},
     v1::{
-        ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, SessionRequest, SessionResponse,
-        node_service_client::NodeServiceClient,
+        ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, HeartbeatsRequest, HeartbeatsResponse,
+        SessionRequest, SessionResponse, node_service_client::NodeServiceClient,
     },
 };
 use futures::{Stream, TryStreamExt as _};
@@ -16,23 +16,23 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status};
 
-/// What a coordinator says on a session's stream.
-pub struct Incoming(Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>);
+/// What a coordinator says on a stream: a session's, or one of heartbeats.
+pub struct Incoming<T = SessionResponse>(Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>);
 
-impl Incoming {
+impl<T> Incoming<T> {
     /// What comes out of this stream.
     #[must_use]
-    pub fn new(stream: impl Stream<Item = Result<SessionResponse, Status>> + Send + 'static) -> Self {
+    pub fn new(stream: impl Stream<Item = Result<T, Status>> + Send + 'static) -> Self {
         Self(Box::pin(stream))
     }
 
     /// The next message; `None` at the stream's orderly end.
-    pub async fn message(&mut self) -> Result<Option<SessionResponse>, Status> {
+    pub async fn message(&mut self) -> Result<Option<T>, Status> {
         self.0.try_next().await
     }
 }
 
-impl fmt::Debug for Incoming {
+impl<T> fmt::Debug for Incoming<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Incoming").finish_non_exhaustive()
     }
@@ -52,6 +52,13 @@ pub trait Coordinators: fmt::Debug + Send + Sync {
 pub trait Coordinator: fmt::Debug + Send {
     /// Opens the stream of a session. The first of `requests` is the hello.
     async fn session(&mut self, requests: mpsc::Receiver<SessionRequest>) -> Result<Incoming, Status>;
+    /// Opens a stream of heartbeats for a session whose stream it serves. Unimplemented by older ones.
+    async fn heartbeats(
+        &mut self,
+        _requests: mpsc::Receiver<HeartbeatsRequest>,
+    ) -> Result<Incoming<HeartbeatsResponse>, Status> {
+        Err(Status::unimplemented("heartbeats go over the session's stream"))
+    }
     /// Makes one claim; the coordinator is told how long its answer is worth waiting for.
     async fn claim(&mut self, request: ClaimRequest, within: Duration) -> Result<ClaimResponse, Status>;
     /// Makes several claims.
@@ -77,6 +84,13 @@ impl Coordinators for Target {
 impl Coordinator for NodeServiceClient<Connection> {
     async fn session(&mut self, requests: mpsc::Receiver<SessionRequest>) -> Result<Incoming, Status> {
         Ok(Incoming::new(self.session(ReceiverStream::new(requests)).await?.into_inner()))
+    }
+
+    async fn heartbeats(
+        &mut self,
+        requests: mpsc::Receiver<HeartbeatsRequest>,
+    ) -> Result<Incoming<HeartbeatsResponse>, Status> {
+        Ok(Incoming::new(self.heartbeats(ReceiverStream::new(requests)).await?.into_inner()))
     }
 
     async fn claim(&mut self, request: ClaimRequest, within: Duration) -> Result<ClaimResponse, Status> {

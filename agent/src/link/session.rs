@@ -1,8 +1,9 @@
-//! The session's stream: hello, heartbeats, offers, sets of claims, reports. On a thread of its own.
+//! The session's stream: hello, heartbeats where they have none of their own, offers, sets of claims, reports. On a thread of its own.
 //!
 //! Nothing here waits for disks, processes or other calls: what must be done is handed on.
 
 use super::{
+    heartbeats::{Beats, Heartbeats, Wanted},
     identity::Identity,
     remote::{Coordinators, Incoming},
     stream::{OUTGOING, Stream, message},
@@ -37,6 +38,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+/// Why a stream is left that serves no heartbeat.
+const UNANSWERED: &str = "a heartbeat was not answered in time: the next coordinator is asked";
 /// Longest wait for the answer to a hello.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
 /// The same while the session lives: what is left of it must do for another coordinator too.
@@ -100,9 +103,25 @@ pub struct Session {
     pub(super) applied: watch::Receiver<(u64, i64)>,
     /// The session that no other agent of this host may have: its id.
     pub(super) held: Option<(String, Held)>,
+    /// The stream that heartbeats are for.
+    pub(super) beating: watch::Sender<Option<Wanted>>,
+    /// How they stand, by number of the stream; and the end that says so.
+    pub(super) beats: watch::Receiver<(u64, Beats)>,
+    pub(super) tell_beats: Arc<watch::Sender<(u64, Beats)>>,
 }
 
 impl Session {
+    /// What sends its heartbeats over a connection of their own; where that is not kept at work the stream carries them.
+    #[must_use]
+    pub fn heartbeats(&self) -> Heartbeats {
+        Heartbeats {
+            registry: self.registry.clone(),
+            coordinators: self.coordinators.clone(),
+            wanted: self.beating.subscribe(),
+            told: self.tell_beats.clone(),
+        }
+    }
+
     /// Keeps a session until it is told to stop.
     pub async fn keep(mut self, stop: CancellationToken) {
         // Not all agents of a fleet begin with the same coordinator.
@@ -251,12 +270,21 @@ impl Session {
         // What has changed since the hello was written is told once more.
         self.capacity.mark_changed();
         let stream = Stream::new(session, welcome.store_generation, ttl, interval, outgoing, incoming);
+        self.beating.send_replace(Some(Wanted {
+            stream: stream.number,
+            session_id: stream.session_id.clone(),
+            revision: welcome.session_revision,
+            coordinator,
+            ttl,
+            interval,
+        }));
         self.take_claims(&stream, welcome.claims.unwrap_or_default());
         Ok(stream)
     }
 
     async fn serve(&mut self, stream: &mut Stream, stop: &CancellationToken) -> anyhow::Result<()> {
         let outcome = self.talk(stream, stop).await;
+        self.beating.send_replace(None);
         // Whichever part of the agent was seen to end first.
         if stop.is_cancelled() { self.farewell(stream).await } else { outcome }
     }
@@ -294,6 +322,18 @@ impl Session {
                     Err(status) => return Err(explain(&status)),
                 },
                 _ = heartbeat.tick() => stream.heartbeat()?,
+                changed = self.beats.changed() => {
+                    changed.context("the agent ends")?;
+                    let (number, beats) = *self.beats.borrow_and_update();
+                    if number == stream.number {
+                        if beats == Beats::Unanswered {
+                            bail!("{UNANSWERED}");
+                        }
+                        stream.beats_elsewhere = beats == Beats::Up;
+                        // Where they were answered until now the next one is due at once.
+                        stream.heartbeat()?;
+                    }
+                }
                 applied = self.applied.changed() => {
                     applied.context("the agent ends")?;
                     let (number, _) = *self.applied.borrow_and_update();
@@ -306,7 +346,7 @@ impl Session {
                     self.tell_runs(stream)?;
                 }
                 () = at(stream.inventory_at) => self.tell_inventory(stream)?,
-                () = at(give_up_at) => bail!("a heartbeat was not answered in time: the next coordinator is asked"),
+                () = at(give_up_at) => bail!("{UNANSWERED}"),
                 changed = board.changed() => {
                     changed.context("the board is gone")?;
                     // The first change goes out at once, and what follows it together: each round is a write to the store.
@@ -449,7 +489,7 @@ impl Session {
 }
 
 /// From when a lease lives whose renewal was asked for at `sent_ns`: the store may have granted it right then.
-fn lives_from(sent_ns: u64) -> u64 {
+pub(super) fn lives_from(sent_ns: u64) -> u64 {
     if mutant::on(mutant::name::DEADLINE_FROM_RECEIVE_TIME) { boottime_ns() } else { sent_ns }
 }
 
@@ -481,7 +521,7 @@ fn by_our_clock(mut offer: Offer) -> Offer {
     offer
 }
 
-fn milliseconds(ms: i64) -> Duration {
+pub(super) fn milliseconds(ms: i64) -> Duration {
     Duration::from_millis(u64::try_from(ms).unwrap_or(0))
 }
 

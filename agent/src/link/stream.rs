@@ -17,6 +17,8 @@ const HEARTBEATS_MAX: usize = 64;
 const UNANSWERED: f64 = 0.3;
 /// The same, at least: a coordinator may be busy.
 const UNANSWERED_MIN: Duration = Duration::from_secs(1);
+/// Times its time to live after which a stream is given up on which nothing is answered, though heartbeats are elsewhere.
+const UNSERVED: f64 = 3.0;
 
 /// One stream, after its welcome.
 pub(super) struct Stream {
@@ -28,9 +30,10 @@ pub(super) struct Stream {
     pub(super) generation: u64,
     pub(super) ttl: Duration,
     pub(super) interval: Duration,
-    /// Heartbeats that are not answered yet: sequence, when sent (CLOCK_BOOTTIME, ns), and the same by tokio's clock.
-    unanswered: VecDeque<(u64, u64, Instant)>,
-    sequence: u64,
+    unanswered: Unanswered,
+    /// Heartbeats have a stream of their own: here one is sent now and then, to see whether this stream is served.
+    pub(super) beats_elsewhere: bool,
+    beat_at: Option<Instant>,
     pub(super) reports: Reports,
     /// Whether reports are due that did not fit, or came too soon after others.
     pub(super) behind: bool,
@@ -59,8 +62,9 @@ impl Stream {
             generation,
             ttl,
             interval,
-            unanswered: VecDeque::new(),
-            sequence: 0,
+            unanswered: Unanswered::default(),
+            beats_elsewhere: false,
+            beat_at: None,
             reports: Reports::default(),
             behind: false,
             reported: None,
@@ -69,32 +73,26 @@ impl Stream {
         }
     }
 
+    /// Sends a heartbeat, if one is due.
     pub(super) fn heartbeat(&mut self) -> anyhow::Result<()> {
-        self.sequence += 1;
-        self.unanswered.push_back((self.sequence, boottime_ns(), Instant::now()));
-        if self.unanswered.len() > HEARTBEATS_MAX {
-            self.unanswered.pop_front();
+        if self.beats_elsewhere && self.beat_at.is_some_and(|at| at.elapsed() < self.ttl) {
+            return Ok(());
         }
-        self.send(session_request::Message::Heartbeat(Heartbeat { sequence: self.sequence }))
+        self.beat_at = Some(Instant::now());
+        let sequence = self.unanswered.send();
+        self.send(session_request::Message::Heartbeat(Heartbeat { sequence }))
     }
 
     /// A heartbeat was answered; says when it was sent, if that is known.
     pub(super) fn answered(&mut self, answered: u64) -> Option<u64> {
-        while let Some((sequence, sent_ns, _)) = self.unanswered.front().copied() {
-            if sequence > answered {
-                break;
-            }
-            self.unanswered.pop_front();
-            if sequence == answered {
-                return Some(sent_ns);
-            }
-        }
-        None
+        self.unanswered.answered(answered)
     }
 
-    /// When the oldest heartbeat has gone unanswered for too long; `None` while all are answered.
+    /// When the oldest heartbeat has gone unanswered for too long; `None` while all are answered. While others are answered
+    /// elsewhere the session lives, and a coordinator that is busy for a while is no reason to leave it.
     pub(super) fn give_up_at(&self) -> Option<Instant> {
-        self.unanswered.front().map(|(_, _, sent)| *sent + patience(self.ttl))
+        let longest = if self.beats_elsewhere { self.ttl.mul_f64(UNSERVED) } else { patience(self.ttl) };
+        self.unanswered.oldest().map(|sent| sent + longest)
     }
 
     /// Puts a message in line; fails when the coordinator has not read for so long that the line is full.
@@ -114,8 +112,47 @@ impl Stream {
     }
 }
 
+/// Heartbeats of a stream that are not answered yet.
+#[derive(Debug, Default)]
+pub(super) struct Unanswered {
+    /// Sequence, when sent (CLOCK_BOOTTIME, ns), and the same by tokio's clock.
+    waiting: VecDeque<(u64, u64, Instant)>,
+    sequence: u64,
+}
+
+impl Unanswered {
+    /// One is sent now; returns its sequence.
+    pub(super) fn send(&mut self) -> u64 {
+        self.sequence += 1;
+        self.waiting.push_back((self.sequence, boottime_ns(), Instant::now()));
+        if self.waiting.len() > HEARTBEATS_MAX {
+            self.waiting.pop_front();
+        }
+        self.sequence
+    }
+
+    /// One was answered, and those before it with it; says when it was sent, if that is known.
+    pub(super) fn answered(&mut self, answered: u64) -> Option<u64> {
+        while let Some((sequence, sent_ns, _)) = self.waiting.front().copied() {
+            if sequence > answered {
+                break;
+            }
+            self.waiting.pop_front();
+            if sequence == answered {
+                return Some(sent_ns);
+            }
+        }
+        None
+    }
+
+    /// When the oldest was sent; `None` while all are answered.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        self.waiting.front().map(|(_, _, sent)| *sent)
+    }
+}
+
 /// PURE. How long a heartbeat may go unanswered in a session with this time to live.
-fn patience(ttl: Duration) -> Duration {
+pub(super) fn patience(ttl: Duration) -> Duration {
     ttl.mul_f64(UNANSWERED).max(UNANSWERED_MIN)
 }
 

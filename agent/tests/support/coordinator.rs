@@ -6,8 +6,9 @@ use drover_proto::{
     transport::{Admit, Security},
     v1::{
         ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, ClaimResult, ClaimSet, CommandAnswer,
-        DeploymentSpec, EndRun, HeartbeatAck, Hello, InstanceState, NodeCommand, NodeEvent, Offer, OwnedClaim,
-        SessionRequest, SessionResponse, StatusAck, StatusReport, Token, Welcome, node_command,
+        DeploymentSpec, EndRun, HeartbeatAck, HeartbeatsRequest, HeartbeatsResponse, Hello, InstanceState, NodeCommand,
+        NodeEvent, Offer, OwnedClaim, SessionRequest, SessionResponse, StatusAck, StatusReport, Token, Welcome,
+        node_command,
         node_service_server::{NodeService, NodeServiceServer},
         session_request, session_response,
     },
@@ -40,6 +41,16 @@ pub enum Answer {
 pub struct State {
     pub hellos: Vec<Hello>,
     pub heartbeats: usize,
+    /// Those of them that came over a stream of their own.
+    pub beats: usize,
+    /// False: an older coordinator, which takes heartbeats on the session's stream only.
+    pub taking_beats: bool,
+    /// False: what the agent says on the session's stream is not read.
+    pub reading: bool,
+    /// Streams of heartbeats that were opened; those of a lower number than this end.
+    pub beat_streams: usize,
+    pub beat_streams_cut: usize,
+    welcomed_revision: i64,
     pub welcomes: Vec<Welcome>,
     pub reports: Vec<StatusReport>,
     /// Reports whose token was not that of the claim.
@@ -108,6 +119,12 @@ impl Coordinator {
         let state = State {
             hellos: Vec::new(),
             heartbeats: 0,
+            beats: 0,
+            taking_beats: true,
+            reading: true,
+            beat_streams: 0,
+            beat_streams_cut: 0,
+            welcomed_revision: 0,
             welcomes: Vec::new(),
             reports: Vec::new(),
             refused: Vec::new(),
@@ -257,6 +274,7 @@ impl State {
         let resumed = self.alive && hello.resume_session_id == self.session_id;
         self.revision += 1;
         self.session_revision = self.revision;
+        self.welcomed_revision = self.revision;
         if !resumed {
             self.owned.clear();
             // Unique on this host, as real ones are: agents hold the sessions that they have by a name of the host's.
@@ -308,6 +326,21 @@ impl State {
             session_request::Message::CommandAnswer(answer) => self.command_answers.push(answer),
             _ => {}
         }
+    }
+
+    /// The answer to a heartbeat on a stream of their own; `None` when there is none.
+    fn beat(&mut self, beat: &HeartbeatsRequest, stream: usize) -> Option<Result<HeartbeatsResponse, Status>> {
+        let of_this = beat.session_id == self.session_id && beat.stream_revision == self.welcomed_revision;
+        if !of_this || !self.alive || self.stream.is_none() || stream <= self.beat_streams_cut {
+            return Some(Err(Status::aborted("as the script says")));
+        }
+        if !self.answering {
+            return None;
+        }
+        self.heartbeats += 1;
+        self.beats += 1;
+        let ack = Some(HeartbeatAck { sequence: beat.sequence, ttl_ms: self.ttl_ms });
+        Some(Ok(HeartbeatsResponse { ack }))
     }
 
     fn claim(&mut self, request: &ClaimRequest) -> Result<ClaimResponse, Status> {
@@ -384,8 +417,40 @@ impl NodeService for Service {
         let service = self.clone();
         tokio::spawn(async move {
             while let Some(Ok(request)) = requests.next().await {
+                while !service.0.lock().unwrap().reading {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
                 if let Some(message) = request.message {
                     service.0.lock().unwrap().take(message);
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+    }
+
+    type HeartbeatsStream = Pin<Box<dyn Stream<Item = Result<HeartbeatsResponse, Status>> + Send>>;
+
+    async fn heartbeats(
+        &self,
+        request: Request<Streaming<HeartbeatsRequest>>,
+    ) -> Result<Response<Self::HeartbeatsStream>, Status> {
+        let number = {
+            let mut state = self.0.lock().unwrap();
+            if !state.taking_beats {
+                return Err(Status::unimplemented("as the script says"));
+            }
+            state.beat_streams += 1;
+            state.beat_streams
+        };
+        let (mut requests, service) = (request.into_inner(), self.clone());
+        let (sender, responses) = mpsc::channel(64);
+        tokio::spawn(async move {
+            while let Some(Ok(beat)) = requests.next().await {
+                let answer = service.0.lock().unwrap().beat(&beat, number);
+                let Some(answer) = answer else { continue };
+                let ends = answer.is_err();
+                if sender.send(answer).await.is_err() || ends {
+                    return;
                 }
             }
         });

@@ -10,7 +10,9 @@ mod nodes;
 mod page;
 mod processes;
 mod release;
+mod runtime;
 mod validate;
 
 pub use fleet::Fleet;
 pub use node::Node;
+pub use runtime::Elsewhere;

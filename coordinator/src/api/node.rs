@@ -41,6 +41,16 @@ impl NodeService for Node {
         Ok(Response::new(self.sessions.serve(node, request.into_inner()).await?))
     }
 
+    type HeartbeatsStream = ReceiverStream<Result<v1::HeartbeatsResponse, Status>>;
+
+    async fn heartbeats(
+        &self,
+        request: Request<Streaming<v1::HeartbeatsRequest>>,
+    ) -> Result<Response<Self::HeartbeatsStream>, Status> {
+        let node = Peer::node_of(&request)?;
+        Ok(Response::new(self.sessions.heartbeats(&node, request.into_inner()).await?))
+    }
+
     async fn claim(&self, request: Request<v1::ClaimRequest>) -> Result<Response<v1::ClaimResponse>, Status> {
         let node = Peer::node_of(&request)?;
         let traceparent = drover_telemetry::context::extract_metadata(request.metadata());

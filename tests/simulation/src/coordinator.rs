@@ -91,6 +91,7 @@ async fn live(sim: Arc<Sim>, number: usize, process: Process) {
         statuses: Statuses::new(store.clone(), view.clone(), events.clone()),
         audit: Audit::new(audit::Settings::default()),
         shares: sessions::Cache::default(),
+        streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         reach: Reach::start(store.clone(), view.clone(), events.clone(), stop.clone()),
         settings: sessions::Settings {

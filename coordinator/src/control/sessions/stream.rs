@@ -1,24 +1,26 @@
 //! The stream of a session: reads what the agent says, tells it what it owns and may claim.
 
 use super::{
-    Cache, Refusals, Settings, attach,
+    Cache, Refusals, Settings, Streams, attach,
+    heartbeats::{self, HAND_OVER},
     node_record::{self, Told},
     open::{self, Opened},
     outbox::{self, Outbox},
     reconcile::{self, Reconcile},
+    status::{away, ms, status_of, store_status},
 };
 use crate::{
     audit::Audit,
     control::{clock, commands, events::Events, mutant, reach::Reach, status::Statuses, view::View},
     plan::snapshot::Snapshot,
-    store::{self, Store},
+    store::Store,
 };
 use drover_proto::{
     ids, limits,
     status::{reason, with_reason},
     v1::{
-        CommandAnswer, Heartbeat, HeartbeatAck, Hello, Leave, NodeEvent, ReconcileRequest, RunSet, SessionRequest,
-        SessionResponse, Severity, StatusAck, StatusReport, Welcome, session_request, session_response::Message,
+        CommandAnswer, Hello, Leave, NodeEvent, ReconcileRequest, RunSet, SessionRequest, SessionResponse, Severity,
+        StatusAck, StatusReport, Welcome, session_request, session_response::Message,
     },
     world,
 };
@@ -36,11 +38,6 @@ use tonic::{Code, Status};
 const HELLO: Duration = Duration::from_secs(5);
 /// Longest wait for the view to see a session that was just written.
 const CATCH_UP: Duration = Duration::from_secs(5);
-/// Share of a session's time to live after which a coordinator that can't renew it hands it over: longer than etcd takes to
-/// elect a leader, and soon enough for the agent to be elsewhere before its time is over.
-const HAND_OVER: f64 = 0.35;
-/// Share of a session's time to live that one renewal may take.
-const RENEWAL: f64 = 0.2;
 /// A store that has been out of reach for less than this may answer in a moment: a Hello then waits for it.
 const AWAY: Duration = Duration::from_secs(1);
 /// Pause before a node that had differences is looked at again.
@@ -81,6 +78,8 @@ pub struct Sessions {
     pub shares: Cache,
     /// Agents that were refused of late.
     pub refusals: Refusals,
+    /// The streams that are served here.
+    pub streams: Streams,
     /// Settings.
     pub settings: Settings,
     /// Ends all streams: this coordinator goes away, agents move to another.
@@ -121,11 +120,16 @@ impl Sessions {
                 return Err(status);
             }
         };
+        // Before the agent may send heartbeats for it.
+        let serving = self.streams.begin(&node, &opened);
         // The channel is empty and its receiver is in hand.
         let _ = answers.try_send(Ok(welcome));
         self.tell_joined(&node, &hello, &opened);
         let session = self.clone();
-        tokio::spawn(world::task(async move { session.run(node, opened, inbound, outbox, answers).await }));
+        tokio::spawn(world::task(async move {
+            session.run(node, opened, inbound, outbox, answers).await;
+            drop(serving);
+        }));
         Ok(ReceiverStream::new(stream))
     }
 
@@ -184,9 +188,11 @@ impl Sessions {
     }
 
     async fn run(self, node: String, opened: Opened, mut inbound: impl Inbound, mut outbox: Outbox, answers: Answers) {
-        let (beats, heartbeats) = mpsc::channel(4);
+        let (beats, heartbeats) = mpsc::channel(heartbeats::WAITING);
         let (reports, reported) = mpsc::channel(REPORTS);
-        let renew = renew(self.store.clone(), opened.lease, self.settings.ttl, heartbeats, answers.clone());
+        let acknowledge = |ack| SessionResponse { message: Some(Message::HeartbeatAck(ack)) };
+        let (store, ttl) = (self.store.clone(), self.settings.ttl);
+        let renew = heartbeats::renew(store, opened.lease, ttl, heartbeats, answers.clone(), acknowledge);
         let record = record_reports(self.statuses.clone(), node.clone(), opened.revision, reported, answers.clone());
         let (tell, told) = watch::channel(Told::default());
         let node_record = node_record::keep(self.store.clone(), node.clone(), (opened.joined_at, opened.schema), told);
@@ -288,7 +294,7 @@ impl Sessions {
     async fn take(&self, node: &str, message: SessionRequest, inward: &Inward) {
         match message.message {
             // A heartbeat that finds the queue full is answered by those before it.
-            Some(session_request::Message::Heartbeat(beat)) => drop(inward.beats.try_send(beat)),
+            Some(session_request::Message::Heartbeat(beat)) => drop(inward.beats.try_send(beat.sequence)),
             // What finds the queue full is left out: it is not acknowledged, so the agent says it again. Waiting for room here
             // would leave heartbeats unread for as long as the store takes.
             Some(session_request::Message::Status(report)) => drop(inward.reports.try_send(report)),
@@ -374,7 +380,7 @@ impl Sessions {
 
 /// Where what a node says goes on to.
 struct Inward {
-    beats: mpsc::Sender<Heartbeat>,
+    beats: mpsc::Sender<u64>,
     reports: mpsc::Sender<StatusReport>,
     tell: watch::Sender<Told>,
     answer: mpsc::Sender<CommandAnswer>,
@@ -426,57 +432,11 @@ fn still_ours(snapshot: &Snapshot, node: &str, opened: &Opened, coordinator: &st
     }
 }
 
-fn away(why: &str) -> Status {
-    with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, why)
-}
-
 /// Waits until the store has been out of reach for so long that sessions are better off elsewhere.
 async fn hand_over(reach: &Reach, ttl: Duration) {
     reach.lost_longer_than(ttl.mul_f64(HAND_OVER)).await;
     if mutant::on(mutant::name::NO_HAND_OVER) {
         std::future::pending::<()>().await;
-    }
-}
-
-/// Renews the lease for each heartbeat, and acknowledges it after the store's answer.
-async fn renew(store: Store, lease: i64, ttl: Duration, mut heartbeats: mpsc::Receiver<Heartbeat>, answers: Answers) {
-    if mutant::on(mutant::name::RENEWAL_WITHOUT_HEARTBEAT) {
-        let store = store.clone();
-        tokio::spawn(world::task(async move {
-            while store.renew(lease).await.is_ok() {
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        }));
-    }
-    // The first of those in a row that were not answered.
-    let mut failing: Option<Instant> = None;
-    while let Some(beat) = heartbeats.recv().await {
-        let asked = Instant::now();
-        let renewed = timeout(ttl.mul_f64(RENEWAL), store.renew(lease)).await;
-        let silent = |_| Err(store::Error::Unavailable("no answer in time".to_owned()));
-        match renewed.unwrap_or_else(silent) {
-            Ok(ttl) => {
-                failing = None;
-                let ack = HeartbeatAck { sequence: beat.sequence, ttl_ms: ms(ttl) };
-                let _ = answers.send(Ok(SessionResponse { message: Some(Message::HeartbeatAck(ack)) })).await;
-            }
-            Err(store::Error::LeaseGone) => {
-                let gone = with_reason(Code::Aborted, reason::SESSION_MOVED, "the session's lease has run out");
-                let _ = answers.send(Err(gone)).await;
-                return;
-            }
-            // Not acknowledged: the agent counts its time from the last one that was.
-            Err(error) => {
-                tracing::warn!(%error, "a session's lease was not renewed");
-                let since = *failing.get_or_insert(asked);
-                if since.elapsed() >= ttl.mul_f64(HAND_OVER) && !mutant::on(mutant::name::NO_HAND_OVER) {
-                    let _ = answers
-                        .send(Err(away("the session can't be renewed here: go on at another coordinator")))
-                        .await;
-                    return;
-                }
-            }
-        }
     }
 }
 
@@ -502,40 +462,6 @@ async fn record_reports(
                 // Not acknowledged: the agent reports it again.
                 Err(error) => tracing::warn!(%error, instance = report.instance, "a report was not recorded"),
             }
-        }
-    }
-}
-
-fn ms(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
-}
-
-fn status_of(error: open::Error) -> Status {
-    match error {
-        open::Error::Refused { reason: why @ (reason::INVALID_FIELD | reason::PROTOCOL_MISMATCH), message } => {
-            with_reason(Code::InvalidArgument, why, message)
-        }
-        open::Error::Refused { reason, message } => with_reason(Code::FailedPrecondition, reason, message),
-        open::Error::Store(store::Error::LeaseGone) => {
-            with_reason(Code::FailedPrecondition, reason::SESSION_EXISTS, "the session is just ending: open a new one")
-        }
-        open::Error::Store(error) => store_status(error),
-    }
-}
-
-/// A store's error as a status.
-#[must_use]
-pub(crate) fn store_status(error: store::Error) -> Status {
-    use store::Error as E;
-    match error {
-        E::OutcomeUnknown(_) => with_reason(Code::Unknown, reason::OUTCOME_UNKNOWN, error.to_string()),
-        E::NoSpace(_) => with_reason(Code::ResourceExhausted, reason::STORE_UNAVAILABLE, error.to_string()),
-        E::Rejected(_) | E::Corrupt { .. } => {
-            tracing::error!(%error, "the store");
-            with_reason(Code::Internal, reason::STORE_UNAVAILABLE, error.to_string())
-        }
-        E::Unavailable(_) | E::LeaseGone | E::Compacted(_) => {
-            with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, error.to_string())
         }
     }
 }

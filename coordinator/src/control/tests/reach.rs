@@ -70,6 +70,7 @@ fn sessions(world: &World, reach: Reach) -> Sessions {
         statuses: world.statuses.clone(),
         audit: Audit::new(audit::Settings::from_env().unwrap()),
         shares: sessions::Cache::default(),
+        streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         settings: sessions::Settings {
             coordinator: "one".to_owned(),

@@ -17,8 +17,12 @@ use async_trait::async_trait;
 use convert::Prefix;
 use error::Kind;
 use etcd_client::{GetOptions, KvClient, LeaseClient, WatchClient};
-use std::{fmt, future::Future, time::Duration};
-use tokio::time::{Instant, sleep, timeout_at};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep, timeout_at},
+};
+use tokio_util::task::AbortOnDropHandle;
 
 /// How to reach etcd. `Debug` leaves the password out.
 #[derive(Clone)]
@@ -38,6 +42,8 @@ pub struct Settings {
     /// an idle connection, or more than two within 5 s without sending anything itself, for an attack and closes the
     /// connection (`--grpc-keepalive-min-time`), and with it whatever is under way.
     pub keep_alive: Duration,
+    /// Runtime on which leases are renewed; that of the caller where there is none.
+    pub renewals: Option<Handle>,
     /// Silence on a watch after which etcd is asked for its progress. Shorter than `keep_alive`, so that the answers keep
     /// the pings away. No answer within `call_timeout` ends the watch.
     pub watch_silence: Duration,
@@ -55,6 +61,7 @@ impl Settings {
             connect_timeout: Duration::from_secs(2),
             keep_alive: Duration::from_secs(2),
             watch_silence: Duration::from_secs(1),
+            renewals: None,
         }
     }
 }
@@ -77,7 +84,7 @@ pub struct Etcd {
     kv: KvClient,
     leases: LeaseClient,
     watches: WatchClient,
-    renewals: renew::Renewals,
+    renewals: Arc<renew::Renewals>,
 }
 
 impl fmt::Debug for Etcd {
@@ -105,7 +112,7 @@ impl Etcd {
             kv: client.kv_client().max_decoding_message_size(ANSWER_BYTES_MAX),
             leases: client.lease_client(),
             watches: client.watch_client().max_decoding_message_size(ANSWER_BYTES_MAX),
-            renewals: renew::Renewals::new(settings.clone()),
+            renewals: Arc::new(renew::Renewals::new(settings.clone())),
             settings,
         };
         etcd.cluster_id().await.map_err(|error| dial::unreachable(&etcd.settings, &error))?;
@@ -177,7 +184,10 @@ impl Backend for Etcd {
     }
 
     async fn renew(&self, lease: i64) -> Result<Duration, Error> {
-        self.renewals.renew(lease).await
+        let Some(runtime) = &self.settings.renewals else { return self.renewals.renew(lease).await };
+        let renewals = self.renewals.clone();
+        let renewal = AbortOnDropHandle::new(runtime.spawn(async move { renewals.renew(lease).await }));
+        renewal.await.unwrap_or_else(|error| Err(Error::Unavailable(format!("renewal of a lease: {error}"))))
     }
 
     async fn revoke(&self, lease: i64) -> Result<(), Error> {

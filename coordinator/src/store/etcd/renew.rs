@@ -1,7 +1,7 @@
 //! Renewals of leases: a connection of their own, and on it one keep-alive stream per lease.
 //!
-//! The connection is opened by the first renewal and lives on the runtime which that renewal runs on: who renews on a
-//! runtime of its own, as sessions do, is not held up by the others' load.
+//! The connection is opened by the first renewal and lives on the runtime which that renewal runs on, that of
+//! [`Settings::renewals`]: on one of its own it is not held up by the others' load.
 
 use super::{
     Settings, dial,

@@ -6,7 +6,7 @@ use crate::{
     config::{Config, StoreKind},
     control::{
         absences::Absences, alarm::Alarm, claims::Claims, clock, cycle::Cycle, events::Events, leader, reach::Reach,
-        seen::Rate, sessions, status::Statuses, view::View,
+        seen::Rate, sessions, space::Space, status::Statuses, view::View,
     },
     gateway::Gateway,
     plan::{self, snapshot::Snapshot},
@@ -70,6 +70,7 @@ pub async fn run(config: Config, connections: Handle) -> anyhow::Result<()> {
     let view = View::judged(store.clone(), alarm.clone(), stop.clone());
     let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
     let reach = Reach::start(store.clone(), view.clone(), events.clone(), stop.clone());
+    let space = Space::start(store.clone(), events.clone(), stop.clone());
     let (leadership, mut election) = leader::start(store.clone(), view.clone(), config.id.clone(), stop.clone());
     let absences = Absences {
         store: store.clone(),
@@ -110,7 +111,7 @@ pub async fn run(config: Config, connections: Handle) -> anyhow::Result<()> {
         stop.clone(),
     );
     let mut grpc_server = serve_grpc(grpc, &security, fleet, node, audit.clone(), (stop.clone(), connections)).await?;
-    let probe = Arc::new(Probe { reach, audit, alarm, freeze_share_percent: config.freeze_share_percent });
+    let probe = Arc::new(Probe { reach, space, audit, alarm, freeze_share_percent: config.freeze_share_percent });
     let router = web::router(&gateway, view.subscribe(), probe);
     let mut http_server = tokio::spawn(web::serve(http, router, stop.clone(), DRAIN));
 
@@ -245,6 +246,7 @@ fn cycle(config: &Config, store: &Store, view: &View, events: &Events) -> Cycle 
 /// What `/readyz` and `/metrics` ask for.
 struct Probe {
     reach: Reach,
+    space: Space,
     audit: Audit,
     alarm: Alarm,
     freeze_share_percent: u32,
@@ -253,6 +255,10 @@ struct Probe {
 impl web::Probe for Probe {
     fn store_lost(&self) -> Option<web::StoreLost> {
         self.reach.lost().map(|lost| web::StoreLost { elapsed: lost.elapsed(), why: lost.why.to_string() })
+    }
+
+    fn store_out_of_space(&self) -> bool {
+        self.space.is_out()
     }
 
     fn freeze(&self, snapshot: &Snapshot) -> plan::Freeze {

@@ -186,6 +186,7 @@ async fn a_watch_without_a_reader_is_closed() {
 async fn a_full_etcd_is_told_apart_and_still_read() {
     let server = drover_tests::etcd::Etcd::start_with(&["--quota-backend-bytes", "4194304"]).await.unwrap();
     let store = Etcd::connect(Settings { call_timeout: Duration::from_secs(5), ..settings(&server) }).await.unwrap();
+    assert_eq!(store.out_of_space().await, Ok(false));
     let mut full = None;
     // etcd learns its size when it commits, every 100 ms: it takes in more than the quota before it notices.
     for i in 0..400 {
@@ -198,6 +199,7 @@ async fn a_full_etcd_is_told_apart_and_still_read() {
     assert!(matches!(full, Some(Error::NoSpace(_))), "{full:?}");
     assert!(!store.list("k/").await.unwrap().items.is_empty());
     assert!(matches!(store.grant(Duration::from_secs(5)).await, Err(Error::NoSpace(_))));
+    assert_eq!(store.out_of_space().await, Ok(true));
 }
 
 #[tokio::test]

@@ -45,6 +45,8 @@ pub struct Plan {
     pub coordinator_environment: Vec<(String, String)>,
     /// What the agent of this number runs in the place of llama-server.
     pub llama_server_of: Option<(usize, PathBuf)>,
+    /// More arguments of etcd.
+    pub etcd_arguments: Vec<&'static str>,
     /// Each coordinator reaches etcd through a line of its own, which can be cut: see [`Coordinator::link`].
     pub links: bool,
 }
@@ -59,6 +61,7 @@ impl Default for Plan {
             environment: Vec::new(),
             coordinator_environment: Vec::new(),
             llama_server_of: None,
+            etcd_arguments: Vec::new(),
             links: false,
         }
     }
@@ -115,7 +118,7 @@ impl Cluster {
         let secret = folder.path().join("secret");
         fs::write(&secret, SECRET)?;
         fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
-        let etcd = Etcd::start().await?;
+        let etcd = Etcd::start_with(&plan.etcd_arguments).await?;
         let mut cluster = Self { coordinators: Vec::new(), agents: Vec::new(), etcd, asked: 0, plan, folder };
         for n in 0..cluster.plan.coordinators {
             cluster.add_coordinator(n).await?;

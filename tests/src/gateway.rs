@@ -55,6 +55,17 @@ impl Gateway {
         Ok((status, value))
     }
 
+    /// GET of a page of text.
+    ///
+    /// # Errors
+    /// When no whole answer comes.
+    pub async fn text(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let answer = self.client.get(format!("http://{}{path}", self.address).parse()?).await?;
+        let status = answer.status().as_u16();
+        let body = answer.into_body().collect().await?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+
     /// Gets JSON.
     ///
     /// # Errors

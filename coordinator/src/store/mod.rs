@@ -227,4 +227,8 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<Watch, Error>;
     /// Identity of the cluster.
     async fn cluster_id(&self) -> Result<u64, Error>;
+    /// Whether it refuses writes because it is out of space.
+    async fn out_of_space(&self) -> Result<bool, Error> {
+        Ok(false)
+    }
 }

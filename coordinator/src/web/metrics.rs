@@ -71,6 +71,8 @@ pub(super) fn text(counts: &Counts, snapshot: &Snapshot, probe: &dyn Probe) -> R
     let lost_seconds = lost.as_ref().map_or(0, |lost| i64::try_from(lost.elapsed.as_secs()).unwrap_or(i64::MAX));
     gauge(&mut registry, "store_reachable", "1 while the store answers and the view follows it", lost.is_none().into());
     gauge(&mut registry, "store_lost_seconds", "For how long the store has been out of reach", lost_seconds);
+    let full_help = "1 while the store refuses every change because it is out of space";
+    gauge(&mut registry, "store_out_of_space", full_help, probe.store_out_of_space().into());
     let in_flight = i64::try_from(counts.in_flight).unwrap_or(i64::MAX);
     gauge(&mut registry, "gateway_in_flight", "Requests handed to an instance and not finished", in_flight);
     gauge(&mut registry, "deployments", "Deployments", whole(snapshot.deployments.len()));

@@ -41,6 +41,10 @@ pub struct StoreLost {
 pub trait Probe: Send + Sync + 'static {
     /// `None` when the view follows the store and the store answers.
     fn store_lost(&self) -> Option<StoreLost>;
+    /// Whether the store refuses changes because it is out of space.
+    fn store_out_of_space(&self) -> bool {
+        false
+    }
     /// Whether nothing is replaced, by this snapshot.
     fn freeze(&self, snapshot: &Snapshot) -> Freeze;
     /// Spans received from agents and others since the start.

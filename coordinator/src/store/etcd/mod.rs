@@ -16,7 +16,7 @@ use super::{Backend, Error, KeyValue, Listing, Txn, TxnOutcome, Watch};
 use async_trait::async_trait;
 use convert::Prefix;
 use error::Kind;
-use etcd_client::{GetOptions, KvClient, LeaseClient, WatchClient};
+use etcd_client::{GetOptions, KvClient, LeaseClient, MaintenanceClient, WatchClient};
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 use tokio::{
     runtime::Handle,
@@ -84,6 +84,7 @@ pub struct Etcd {
     kv: KvClient,
     leases: LeaseClient,
     watches: WatchClient,
+    maintenance: MaintenanceClient,
     renewals: Arc<renew::Renewals>,
 }
 
@@ -95,6 +96,9 @@ impl fmt::Debug for Etcd {
 
 /// Largest answer that is decoded: a listing of 10,000 instances with all their records is about 30 MB.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+/// Name of the alarm that etcd raises when it is out of space.
+const NO_SPACE_ALARM: &str = "NOSPACE";
 
 /// Pause before a call is sent again. Short: another member may answer at once.
 const PAUSE: Duration = Duration::from_millis(25);
@@ -112,6 +116,7 @@ impl Etcd {
             kv: client.kv_client().max_decoding_message_size(ANSWER_BYTES_MAX),
             leases: client.lease_client(),
             watches: client.watch_client().max_decoding_message_size(ANSWER_BYTES_MAX),
+            maintenance: client.maintenance_client(),
             renewals: Arc::new(renew::Renewals::new(settings.clone())),
             settings,
         };
@@ -204,6 +209,16 @@ impl Backend for Etcd {
 
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<Watch, Error> {
         watch::open(self.watches.clone(), self.prefix.clone(), prefix, from_revision, &self.settings).await
+    }
+
+    /// The member that answers names the alarms of the cluster as errors of its status: no proposal is made, as a question for
+    /// the alarms themselves would make one.
+    async fn out_of_space(&self) -> Result<bool, Error> {
+        let answer = self.call(Kind::Read, "question for its status", || {
+            let mut maintenance = self.maintenance.clone();
+            async move { maintenance.status().await }
+        });
+        Ok(answer.await?.errors().iter().any(|error| error.contains(NO_SPACE_ALARM)))
     }
 
     async fn cluster_id(&self) -> Result<u64, Error> {

@@ -115,10 +115,12 @@ impl Checker {
         // The last state that is not later than the set: revisions that changed no record are not kept.
         let Some(then) = self.past.iter().rev().find(|state| state.revision <= set.revision) else { return };
         for order in &set.end_runs {
-            let wanted = then.instances.get(&order.instance).is_some_and(|i| i.value.wanted);
+            let instance = then.instances.get(&order.instance);
+            let wanted = instance.is_some_and(|i| i.value.wanted);
             let token = then.token(&order.instance);
             let holds = match order.yields_to {
-                None => !wanted && token.is_none(),
+                // Nobody wants it, and nobody can claim it again.
+                None => !wanted && (instance.is_some() || token.is_none()),
                 Some(to) => token == Some(to) && then.state(&order.instance) == InstanceState::Ready,
             };
             if !holds {

@@ -150,6 +150,8 @@ fn end_run(snapshot: &Snapshot, node: &str, run: &RecordedRun) -> Option<EndRun>
     };
     match snapshot.claims.get(&run.instance) {
         Some(claim) if claim.value.node == node => None,
+        // Whoever holds the claim will never be ready in its place.
+        Some(_) if snapshot.instances.contains_key(&run.instance) && !wanted => order(None),
         Some(_) => {
             let token = snapshot.token(&run.instance);
             let higher = token > run.token;
@@ -269,6 +271,14 @@ mod tests {
         let token = Token { generation: 1, revision: 9 };
         let status =
             record::Status { token: Some(token), state: InstanceState::Ready.into(), ..record::Status::default() };
+        let mut unwanted = snapshot.clone();
+        let instance = record::Instance { wanted: false, ..snapshot.instances["m-222222"].value.clone() };
+        unwanted.instances.insert("m-222222".to_owned(), stored(instance, 10));
+        assert_eq!(
+            ends(&unwanted),
+            [EndRun { instance: "m-222222".to_owned(), yields_to: None }],
+            "wanted no more: the owner need not be ready first"
+        );
         snapshot.statuses.insert("m-222222".to_owned(), stored(status, 10));
         assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: Some(token) }]);
         snapshot.claims.clear();

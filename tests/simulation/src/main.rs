@@ -75,7 +75,7 @@ enum What {
         /// Only this one.
         name: Option<String>,
         /// Most seeds that each is tried with.
-        #[arg(long, default_value_t = 300)]
+        #[arg(long, default_value_t = 1500)]
         seeds: u64,
     },
 }

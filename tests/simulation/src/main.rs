@@ -202,7 +202,9 @@ mod tests {
 
     /// Whatever ran is claimed again where it runs: nothing is started once more, nothing is signalled, and all is ready.
     #[test]
+    #[cfg_attr(not(tokio_unstable), ignore = "hangs on chance that is seeded with --cfg tokio_unstable alone")]
     fn servers_outlive_a_restore_and_are_claimed_again_in_their_place() {
+        let mut lived = 0;
         for seed in 0..3 {
             let mut plan = Plan::of(seed, true);
             plan.steps.extend([(10_000, Step::Copy), (11_000, Step::Restore { ms: 1500 })]);
@@ -212,10 +214,33 @@ mod tests {
             let restored = outcome.last.iter().position(|line| line.contains("the store goes on from")).unwrap();
             let (before, after) = outcome.last.split_at(restored);
             let count = |lines: &[String], what: &str| lines.iter().filter(|line| line.contains(what)).count();
-            assert!(count(before, ": Started") > 0 && count(after, ": Started") == 0, "seed {seed}");
-            assert!(count(after, ": Raised") > 0, "seed {seed}");
+            // "host n0: Started { pid: 1, …": host and pid name a process.
+            let of = |lines: &[String], what: &str| {
+                let found = lines.iter().filter(|line| line.contains(&format!(": {what} {{ pid: ")));
+                let mut found: Vec<_> = found
+                    .map(|line| {
+                        let (host, rest) = line.split_once(&format!(": {what} {{ pid: ")).unwrap();
+                        let pid = rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().to_owned();
+                        (host.rsplit(' ').next().unwrap().to_owned(), pid)
+                    })
+                    .collect();
+                found.sort();
+                found
+            };
+            let ended = of(before, "Ended");
+            let mut living = of(before, "Started");
+            living.retain(|process| !ended.contains(process));
+            lived += living.len();
+            let instance = |line: &str| Some(line.split_once("instance: \"")?.1.split('"').next()?.to_owned());
+            let started = |lines: &[String]| -> Vec<_> {
+                lines.iter().filter(|line| line.contains(": Started")).filter_map(|line| instance(line)).collect()
+            };
+            let ran = started(before);
+            assert!(started(after).iter().all(|id| !ran.contains(id)), "seed {seed}: started once more");
+            assert_eq!(of(after, "Raised"), living, "seed {seed}: each once\n{}", outcome.last.join("\n"));
             assert_eq!(count(after, ": Signalled"), 0, "seed {seed}");
         }
+        assert!(lived > 0, "nothing ran when the store was set back");
     }
 
     #[test]

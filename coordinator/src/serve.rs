@@ -91,7 +91,6 @@ pub async fn run(config: Config, connections: Handle) -> anyhow::Result<()> {
         events: events.clone(),
         statuses,
         audit: audit.clone(),
-        shares: sessions::Cache::default(),
         streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         settings: sessions::Settings {

@@ -111,8 +111,9 @@ impl Claims {
         check_form(&request.claims)?;
         let spans: Vec<Span> = request.claims.iter().map(|item| span(node, item)).collect();
         let offered = request.claims.iter().map(|item| item.offer_revision).max().unwrap_or(0);
-        let snapshot = self.view.at_least(request.session_revision.max(offered), CATCH_UP).await?;
-        let mut batch = Batch::check(&snapshot, node, request)?;
+        self.view.at_least(request.session_revision.max(offered), CATCH_UP).await?;
+        let (snapshot, shares) = self.view.shared().borrow().clone();
+        let mut batch = Batch::check(&snapshot, &shares, node, request)?;
         let mut session_revision = request.session_revision;
         while !batch.is_settled() {
             let outcome = match self.store.txn(batch.transaction()?).await {

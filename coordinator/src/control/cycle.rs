@@ -27,6 +27,7 @@ use drover_proto::{
 };
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use std::{collections::BTreeMap, time::Duration};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use written::{Written, name};
 
@@ -40,6 +41,10 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(10);
 /// Pause after a plan of which something failed, or nothing could be carried out.
 const RETRY: Duration = Duration::from_millis(500);
+/// Looking and planning take at most one part in so many of this coordinator's time: the next plan waits as many times as long
+/// as the last one took, but for no longer than [`REST_MAX`]. What happens after a while without changes is planned at once.
+const REST: u32 = 10;
+const REST_MAX: Duration = Duration::from_millis(250);
 
 /// What the cycle works with.
 #[derive(Debug)]
@@ -108,6 +113,7 @@ impl Cycle {
                 tracing::warn!(%behind, "planning waits for the view");
                 continue;
             }
+            let begun = Instant::now();
             let snapshot = snapshots.borrow_and_update().clone();
             let replacements = seen.replacements(self.replace_rate);
             let freeze = Freeze::of(&snapshot, clock::now_ms(), self.settings.freeze_share_percent);
@@ -126,6 +132,7 @@ impl Cycle {
                 settings: &self.settings,
             });
             seen.replaced(plan.replacements);
+            let rested = begun + (begun.elapsed() * REST).min(REST_MAX);
             self.tell_frozen(freeze, was_frozen);
             let told = self.tell_unplaced(&term, &snapshot, &plan);
             let (told, done) = tokio::join!(told, self.commit(&term, &snapshot, &plan));
@@ -142,9 +149,14 @@ impl Cycle {
                 // Nothing is as the plan saw it: the same plan would come again until the view has changed.
                 RETRY
             } else {
-                continue;
+                Duration::ZERO
             };
-            let _ = tokio::time::timeout(pause, snapshots.changed()).await;
+            if !pause.is_zero() {
+                let _ = tokio::time::timeout(pause, snapshots.changed()).await;
+            }
+            if rested > Instant::now() {
+                tokio::time::sleep_until(rested).await;
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 //! and publishes; handles read the last snapshot, which stays usable when the store is away. A store that is another one
 //! than before, or an older copy of it, is not shown: nothing may be decided from it ([`View::refused`]).
 
-use super::alarm::Alarm;
+use super::{alarm::Alarm, shares::Shares};
 use crate::{
     plan::snapshot::Snapshot,
     store::{Error, Store, keys, records, schema},
@@ -23,9 +23,13 @@ const RETRY: Duration = Duration::from_millis(300);
 #[derive(Debug, Clone)]
 pub struct View {
     snapshots: watch::Receiver<Arc<Snapshot>>,
+    shared: watch::Receiver<Shared>,
     live: Live,
     refused: watch::Receiver<Option<String>>,
 }
+
+/// A snapshot, and what each node has part in by it.
+pub type Shared = (Arc<Snapshot>, Arc<Shares>);
 
 /// Since when the watch has stood without a break; `None` while it does not.
 #[derive(Debug, Clone, Default)]
@@ -67,16 +71,17 @@ impl View {
 
     fn with(store: Store, alarm: Option<Alarm>, stop: CancellationToken) -> Self {
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
+        let (share, shared) = watch::channel(Shared::default());
         let live = Live::default();
         let (refuse, refused) = watch::channel(None);
-        let service = Service { store, alarm, publish, live: live.clone(), refuse };
+        let service = Service { store, alarm, publish, share, live: live.clone(), refuse };
         tokio::spawn(world::task(async move {
             tokio::select! {
                 () = service.run() => {}
                 () = stop.cancelled() => {}
             }
         }));
-        Self { snapshots, live, refused }
+        Self { snapshots, shared, live, refused }
     }
 
     /// The last snapshot.
@@ -89,6 +94,12 @@ impl View {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.snapshots.clone()
+    }
+
+    /// The last snapshot with its shares, and each as it comes. Never behind [`View::snapshot`].
+    #[must_use]
+    pub fn shared(&self) -> watch::Receiver<Shared> {
+        self.shared.clone()
     }
 
     /// Whether the watch stands, so that snapshots are as fresh as the store's events.
@@ -137,6 +148,7 @@ struct Service {
     store: Store,
     alarm: Option<Alarm>,
     publish: watch::Sender<Arc<Snapshot>>,
+    share: watch::Sender<Shared>,
     live: Live,
     refuse: watch::Sender<Option<String>>,
 }
@@ -201,7 +213,7 @@ impl Service {
         }
         self.live.set(Some(Instant::now()));
         self.refuse.send_if_modified(|before| before.take().is_some());
-        self.publish.send_replace(Arc::new(snapshot.clone()));
+        self.show(&snapshot);
         loop {
             let mut next = Some(watch.next().await?);
             let mut rewritten = false;
@@ -225,7 +237,18 @@ impl Service {
             if rewritten {
                 self.check(&snapshot)?;
             }
-            self.publish.send_replace(Arc::new(snapshot.clone()));
+            self.show(&snapshot);
         }
+    }
+
+    /// The shares first, so that whoever has waited for a snapshot finds those of that one or of a later one.
+    fn show(&self, snapshot: &Snapshot) {
+        let snapshot = Arc::new(snapshot.clone());
+        let shares = {
+            let (before, shares) = &*self.share.borrow();
+            Arc::new(shares.after(before, &snapshot))
+        };
+        self.share.send_replace((snapshot.clone(), shares));
+        self.publish.send_replace(snapshot);
     }
 }

@@ -91,7 +91,9 @@ impl Checker {
     pub fn begin(&mut self, listing: &Listing) {
         let items = listing.items.iter().filter(|kv| is_judged(&kv.key)).cloned().collect();
         self.state = records::snapshot(&Listing { items, revision: listing.revision }).0;
-        self.state.nodes.values_mut().for_each(without_models);
+        for name in self.state.nodes.keys().cloned().collect::<Vec<_>>() {
+            self.state.nodes.get_mut(&name).map(without_models);
+        }
         self.capacities.clear();
         // What a session that stands has said before is not known.
         let sessions = self.state.sessions.iter();

@@ -4,10 +4,8 @@ use drover_proto::{
     store::v1 as record,
     v1::{InstanceState, OnLeaseLost, Token},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use imbl::OrdMap;
+use std::{collections::BTreeSet, sync::Arc};
 
 /// A record with its revisions.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,8 +18,9 @@ pub struct Stored<T> {
     pub mod_revision: i64,
 }
 
-/// Records of one kind by their name or id. Values are shared, so that a new snapshot copies pointers only.
-pub type Map<T> = BTreeMap<String, Arc<Stored<T>>>;
+/// Records of one kind by their name or id. Persistent: the snapshot of one change more copies a few pointers, and shares all
+/// else with the one before, so that what is between the two is found without looking at what is not.
+pub type Map<T> = OrdMap<String, Arc<Stored<T>>>;
 
 /// Everything that decisions are made from.
 #[derive(Debug, Clone, Default)]

@@ -98,7 +98,8 @@ impl<M: Message + Default> Place for Map<M> {
     }
 
     fn retain(&mut self, keep: &dyn Fn(&str) -> bool) {
-        Self::retain(self, |name, _| keep(name));
+        let gone: Vec<String> = self.keys().filter(|name| !keep(name)).cloned().collect();
+        gone.iter().for_each(|name| drop(Self::remove(self, name)));
     }
 }
 

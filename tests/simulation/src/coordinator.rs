@@ -90,7 +90,6 @@ async fn live(sim: Arc<Sim>, number: usize, process: Process) {
         events: events.clone(),
         statuses: Statuses::new(store.clone(), view.clone(), events.clone()),
         audit: Audit::new(audit::Settings::default()),
-        shares: sessions::Cache::default(),
         streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         reach: Reach::start(store.clone(), view.clone(), events.clone(), stop.clone()),

@@ -2,7 +2,7 @@
 
 use super::{Refused, refused};
 use crate::{
-    control::{clock, mutant},
+    control::{clock, mutant, shares::Shares},
     plan::{avoid, snapshot::Snapshot},
     store::{self, Compare, Op, Txn, keys, records},
 };
@@ -58,11 +58,18 @@ impl Open<'_> {
 
 impl<'a> Batch<'a> {
     /// Refuses what the view shows lost, before the store is asked. `Err` refuses all.
-    pub(super) fn check(snapshot: &'a Snapshot, node: &'a str, request: &'a ClaimManyRequest) -> Result<Self, Refused> {
+    pub(super) fn check(
+        snapshot: &'a Snapshot,
+        shares: &Shares,
+        node: &'a str,
+        request: &'a ClaimManyRequest,
+    ) -> Result<Self, Refused> {
         check_session(snapshot, node, request)?;
         let (mut results, mut open) = (Vec::new(), Vec::new());
-        let capacity = snapshot.nodes.get(node).and_then(|n| n.value.capacity.as_ref()).map_or(0, |c| c.memory_bytes);
-        let mut free = capacity.saturating_sub(snapshot.reserved_bytes(node));
+        let record = snapshot.nodes.get(node).map(|stored| &stored.value);
+        let capacity = record.and_then(|record| record.capacity.as_ref()).map_or(0, |capacity| capacity.memory_bytes);
+        let unclaimed = record.map_or(0, |record| snapshot.unclaimed_bytes(node, record));
+        let mut free = capacity.saturating_sub(shares.claimed_bytes(node)).saturating_sub(unclaimed);
         for (place, item) in request.claims.iter().enumerate() {
             let mut result = ClaimResult { instance: item.instance.clone(), ..ClaimResult::default() };
             match check(snapshot, node, place, item, free) {

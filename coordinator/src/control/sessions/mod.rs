@@ -14,14 +14,12 @@ mod open;
 mod outbox;
 mod reconcile;
 mod refusals;
-mod shares;
 mod status;
 mod stream;
 
 pub use heartbeats::Streams;
 pub use open::{Error, Opened};
 pub use refusals::Refusals;
-pub use shares::Cache;
 pub(crate) use status::store_status;
 pub use stream::Sessions;
 

@@ -1,9 +1,8 @@
 //! PURE. What a node is to be told, from a snapshot and what it was told before. Level-triggered: the whole set of claims
 //! is sent when it differs from the last one sent.
 
-use super::shares::Shares;
 use crate::{
-    control::mutant,
+    control::{mutant, shares::Shares},
     plan::snapshot::{Snapshot, millis},
 };
 use drover_proto::{
@@ -14,31 +13,73 @@ use drover_proto::{
         session_response::Message,
     },
 };
-use std::collections::{BTreeMap, BTreeSet};
+use imbl::{OrdMap, ordmap::DiffItem};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// Time that an offer's best candidate has before the others are told, in milliseconds: placement is meant, and a few
 /// round trips of the best node are worth waiting for.
 const HEAD_START_MS: i64 = 250;
 
-/// What became of an offer on this stream.
-#[derive(Debug, Default)]
-struct Seen {
+/// Shortest time between two sets of claims of which the second only has more: a node has the answers to its own claims, and
+/// the set repeats them. In milliseconds.
+const MORE_CLAIMS_MS: i64 = 100;
+
+/// An offer that was not sent yet.
+#[derive(Debug)]
+struct Waiting {
+    /// Revision of the instance's record.
     revision: i64,
     /// When it was first seen, by this coordinator's clock.
     first_ms: i64,
-    sent: bool,
 }
 
 /// Memory of one session's stream.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    claims: Option<(Vec<OwnedClaim>, Vec<EndRun>, i64)>,
-    /// The last offer seen, by instance.
-    offers: BTreeMap<String, Seen>,
+    claims: Option<Told>,
+    /// The version of the shares that was looked at last; `None` to look whatever that is.
+    looked: Option<u64>,
+    /// When to look again though nothing has changed.
+    again_ms: Option<i64>,
+    /// The offers of that version, each with the revision of its instance's record, and those of them that were not sent.
+    offers: OrdMap<Arc<str>, i64>,
+    waiting: BTreeMap<Arc<str>, Waiting>,
     /// Runs that the node has on record, as it said last.
     runs: Vec<RecordedRun>,
+    /// Some of them it does not own: what becomes of these hangs on what others do.
+    strays: bool,
     /// Commands that were sent on this stream and still stand.
     commands: BTreeSet<String>,
+}
+
+/// A set of claims as it was sent.
+#[derive(Debug)]
+struct Told {
+    claims: Vec<OwnedClaim>,
+    end_runs: Vec<EndRun>,
+    session_revision: i64,
+    at_ms: i64,
+}
+
+impl Told {
+    fn of(set: &ClaimSet, at_ms: i64) -> Self {
+        let (claims, end_runs) = (set.claims.clone(), set.end_runs.clone());
+        Self { claims, end_runs, session_revision: set.session_revision, at_ms }
+    }
+
+    fn is(&self, set: &ClaimSet) -> bool {
+        self.claims == set.claims && self.end_runs == set.end_runs && self.session_revision == set.session_revision
+    }
+
+    /// Whether a set says nothing against this one.
+    fn is_part_of(&self, set: &ClaimSet) -> bool {
+        // Both are in the order of their ids.
+        let mut theirs = set.claims.iter();
+        self.end_runs == set.end_runs && self.claims.iter().all(|mine| theirs.any(|claim| claim == mine))
+    }
 }
 
 impl Outbox {
@@ -48,13 +89,13 @@ impl Outbox {
 
     /// The node has said anew what runs on it.
     pub(super) fn set_runs(&mut self, runs: Vec<RecordedRun>) {
-        self.runs = runs;
+        (self.runs, self.looked) = (runs, None);
     }
 
     /// The set of claims, whether or not it has changed; remembered as sent.
-    pub(super) fn claim_set(&mut self, snapshot: &Snapshot, shares: &Shares, node: &str) -> ClaimSet {
+    pub(super) fn claim_set(&mut self, snapshot: &Snapshot, shares: &Shares, node: &str, now_ms: i64) -> ClaimSet {
         let set = claim_set(snapshot, shares, node, &self.runs);
-        self.claims = Some((set.claims.clone(), set.end_runs.clone(), set.session_revision));
+        self.claims = Some(Told::of(&set, now_ms));
         set
     }
 
@@ -66,40 +107,84 @@ impl Outbox {
         node: &str,
         now_ms: i64,
     ) -> (Vec<SessionResponse>, Option<i64>) {
-        let mut again = None;
+        let news = self.strays || self.looked.is_none_or(|version| shares.changed(node) > version);
+        if !news && self.again_ms.is_none_or(|at| at > now_ms) {
+            return (Vec::new(), self.again_ms);
+        }
+        (self.looked, self.again_ms) = (Some(shares.version()), None);
         let mut messages = Vec::new();
-        let set = claim_set(snapshot, shares, node, &self.runs);
-        let told = self.claims.as_ref().is_some_and(|(claims, ends, revision)| {
-            *claims == set.claims && *ends == set.end_runs && *revision == set.session_revision
-        });
-        if !told {
-            self.claims = Some((set.claims.clone(), set.end_runs.clone(), set.session_revision));
-            messages.push(Message::Claims(set));
-        }
-        self.offers.retain(|id, _| snapshot.instances.contains_key(id));
-        for (offer, rank) in offers(snapshot, shares, node, now_ms) {
-            let seen = self.offers.entry(offer.instance.clone()).or_default();
-            if seen.revision != offer.offer_revision {
-                *seen = Seen { revision: offer.offer_revision, first_ms: now_ms, sent: false };
-            }
-            let not_before_ms = seen.first_ms + if rank == 0 { 0 } else { HEAD_START_MS };
-            if seen.sent {
-                continue;
-            }
-            if not_before_ms > now_ms {
-                again = Some(again.map_or(not_before_ms, |at: i64| at.min(not_before_ms)));
-                continue;
-            }
-            seen.sent = true;
-            messages.push(Message::Offer(offer));
-        }
+        self.say_claims(snapshot, shares, node, now_ms, &mut messages);
+        self.say_offers(snapshot, shares, node, now_ms, &mut messages);
         self.commands.retain(|key| snapshot.commands.contains_key(key));
         for (key, asked) in snapshot.commands_to(node) {
             if let (Some(command), true) = (&asked.command, self.commands.insert(key.clone())) {
                 messages.push(Message::Command(command.clone()));
             }
         }
-        (messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect(), again)
+        (messages.into_iter().map(|message| SessionResponse { message: Some(message) }).collect(), self.again_ms)
+    }
+
+    fn again_at(&mut self, ms: i64) {
+        self.again_ms = Some(self.again_ms.map_or(ms, |at| at.min(ms)));
+    }
+
+    fn say_claims(
+        &mut self,
+        snapshot: &Snapshot,
+        shares: &Shares,
+        node: &str,
+        now_ms: i64,
+        messages: &mut Vec<Message>,
+    ) {
+        let set = claim_set(snapshot, shares, node, &self.runs);
+        let owned = |id: &str| snapshot.claims.get(id).is_some_and(|claim| claim.value.node == node);
+        self.strays = self.runs.iter().any(|run| !owned(&run.instance));
+        if let Some(told) = &self.claims {
+            if told.is(&set) {
+                return;
+            }
+            let not_before_ms = told.at_ms + MORE_CLAIMS_MS;
+            // A clock that was put back makes nobody wait.
+            if (told.at_ms..not_before_ms).contains(&now_ms) && told.is_part_of(&set) {
+                return self.again_at(not_before_ms);
+            }
+        }
+        self.claims = Some(Told::of(&set, now_ms));
+        messages.push(Message::Claims(set));
+    }
+
+    fn say_offers(
+        &mut self,
+        snapshot: &Snapshot,
+        shares: &Shares,
+        node: &str,
+        now_ms: i64,
+        messages: &mut Vec<Message>,
+    ) {
+        let offers = shares.offers(node);
+        for item in self.offers.diff(&offers) {
+            match item {
+                DiffItem::Add(id, revision) | DiffItem::Update { new: (id, revision), .. } => {
+                    self.waiting.insert(id.clone(), Waiting { revision: *revision, first_ms: now_ms });
+                }
+                DiffItem::Remove(id, _) => drop(self.waiting.remove(id)),
+            }
+        }
+        self.offers = offers;
+        let mut again_ms = None;
+        self.waiting.retain(|id, waiting| {
+            let Some((offer, rank)) = offer(snapshot, id, node, now_ms) else { return true };
+            let not_before_ms = waiting.first_ms + if rank == 0 { 0 } else { HEAD_START_MS };
+            // It is that of the diff, since both are of one snapshot.
+            debug_assert_eq!(offer.offer_revision, waiting.revision);
+            if (waiting.first_ms..not_before_ms).contains(&now_ms) {
+                again_ms = Some(again_ms.map_or(not_before_ms, |at: i64| at.min(not_before_ms)));
+                return true;
+            }
+            messages.push(Message::Offer(offer));
+            false
+        });
+        again_ms.into_iter().for_each(|ms| self.again_at(ms));
     }
 }
 
@@ -113,11 +198,11 @@ pub(super) fn alive(runs: &[RecordedRun]) -> Vec<UnclaimedRun> {
 }
 
 fn claim_set(snapshot: &Snapshot, shares: &Shares, node: &str, runs: &[RecordedRun]) -> ClaimSet {
-    let owned = shares.claims(node).iter().filter_map(|id| Some((id, snapshot.claims.get(id)?)));
+    let owned = shares.claims(node).filter_map(|id| Some((id, snapshot.claims.get(id)?)));
     let claims = owned.map(|(id, claim)| {
         let instance = snapshot.instances.get(id);
         OwnedClaim {
-            instance: id.clone(),
+            instance: id.to_owned(),
             token: Some(Token {
                 generation: mutant::told_generation(snapshot.generation()),
                 revision: claim.mod_revision,
@@ -173,208 +258,25 @@ fn claimed_here(snapshot: &Snapshot, run: &RecordedRun) -> bool {
         || mutant::on(mutant::name::ENDS_WHAT_IT_NEVER_KNEW)
 }
 
-/// Offers to this node that still stand and have not been used, each with the node's rank among the candidates.
-fn offers(snapshot: &Snapshot, shares: &Shares, node: &str, now_ms: i64) -> impl Iterator<Item = (Offer, usize)> {
-    shares.offers(node).iter().filter_map(move |id| {
-        let instance = snapshot.instances.get(id)?;
-        let offer = snapshot.standing_offer(id, instance, now_ms)?;
-        let rank = offer.candidates.iter().position(|c| c == node)?;
-        let spec = snapshot.spec_of(&instance.value)?.clone();
-        let told = Offer {
-            instance: id.clone(),
-            offer_revision: instance.mod_revision,
-            memory_bytes: spec.memory_bytes.unwrap_or(0),
-            spec: Some(spec),
-            revision: instance.value.revision,
-            deadline: offer.deadline,
-            valid_ms: offer.deadline.as_ref().map_or(0, |deadline| millis(deadline).saturating_sub(now_ms)),
-            halt_generation: offer.halt_generation,
-            traceparent: instance.value.traceparent.clone(),
-        };
-        Some((told, rank))
-    })
+/// The offer of an instance to this node, while it stands and was not used, with the node's rank among the candidates.
+fn offer(snapshot: &Snapshot, id: &str, node: &str, now_ms: i64) -> Option<(Offer, usize)> {
+    let instance = snapshot.instances.get(id)?;
+    let offer = snapshot.standing_offer(id, instance, now_ms)?;
+    let rank = offer.candidates.iter().position(|c| c == node)?;
+    let spec = snapshot.spec_of(&instance.value)?.clone();
+    let told = Offer {
+        instance: id.to_owned(),
+        offer_revision: instance.mod_revision,
+        memory_bytes: spec.memory_bytes.unwrap_or(0),
+        spec: Some(spec),
+        revision: instance.value.revision,
+        deadline: offer.deadline,
+        valid_ms: offer.deadline.as_ref().map_or(0, |deadline| millis(deadline).saturating_sub(now_ms)),
+        halt_generation: offer.halt_generation,
+        traceparent: instance.value.traceparent.clone(),
+    };
+    Some((told, rank))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{control::clock, plan::snapshot::Stored};
-    use drover_proto::{store::v1 as record, v1::DeploymentSpec};
-    use std::sync::Arc;
-
-    const NOW: i64 = 1_000_000;
-
-    fn stored<T>(value: T, mod_revision: i64) -> Arc<Stored<T>> {
-        Arc::new(Stored { value, create_revision: 1, mod_revision })
-    }
-
-    fn offered(revision: i64) -> Snapshot {
-        let mut snapshot = Snapshot::default();
-        let spec = Some(DeploymentSpec { name: "m".to_owned(), ..DeploymentSpec::default() });
-        snapshot.revisions.insert(format!("m/{:020}", 1), stored(record::Revision { spec, created_at: None }, 1));
-        let offer = record::Offer {
-            candidates: vec!["a".to_owned(), "b".to_owned()],
-            deadline: Some(clock::timestamp(NOW + 5000)),
-            halt_generation: 0,
-        };
-        let instance = record::Instance {
-            deployment: "m".to_owned(),
-            revision: 1,
-            wanted: true,
-            offer: Some(offer),
-            ..record::Instance::default()
-        };
-        snapshot.instances.insert("m-222222".to_owned(), stored(instance, revision));
-        snapshot
-    }
-
-    fn offers_in(messages: &[SessionResponse]) -> usize {
-        messages.iter().filter(|m| matches!(m.message, Some(Message::Offer(_)))).count()
-    }
-
-    #[test]
-    fn the_best_candidate_has_a_head_start_and_each_offer_is_sent_once() {
-        let snapshot = offered(7);
-        let (mut best, mut other) = (Outbox::new(vec![]), Outbox::new(vec![]));
-        assert_eq!(offers_in(&best.due(&snapshot, &Shares::of(&snapshot), "a", NOW).0), 1);
-        assert_eq!(offers_in(&best.due(&snapshot, &Shares::of(&snapshot), "a", NOW + 1).0), 0);
-        let (messages, again) = other.due(&snapshot, &Shares::of(&snapshot), "b", NOW);
-        assert_eq!((offers_in(&messages), again), (0, Some(NOW + HEAD_START_MS)));
-        let (messages, again) = other.due(&snapshot, &Shares::of(&snapshot), "b", NOW + HEAD_START_MS);
-        assert_eq!((offers_in(&messages), again), (1, None));
-        assert_eq!(
-            offers_in(&Outbox::new(vec![]).due(&snapshot, &Shares::of(&snapshot), "c", NOW).0),
-            0,
-            "it names a and b"
-        );
-        assert_eq!(offers_in(&best.due(&offered(9), &Shares::of(&offered(9)), "a", NOW).0), 1, "another offer");
-    }
-
-    #[test]
-    fn a_run_is_ended_only_when_superseded_by_a_ready_one_or_wanted_no_more() {
-        let run = RecordedRun {
-            instance: "m-222222".to_owned(),
-            token: Some(Token { generation: 1, revision: 5 }),
-            alive: true,
-            memory_bytes: 1,
-            ..RecordedRun::default()
-        };
-        let ends =
-            |snapshot: &Snapshot| claim_set(snapshot, &Shares::of(snapshot), "a", std::slice::from_ref(&run)).end_runs;
-        let mut snapshot = offered(7);
-        snapshot.schema =
-            Some(stored(record::Schema { generation: 1, format: 1, oldest_writer: 1, ..record::Schema::default() }, 1));
-        assert_eq!(ends(&snapshot), [], "wanted, and nobody else has it");
-        let claim = record::Claim { node: "b".to_owned(), ..record::Claim::default() };
-        snapshot.claims.insert("m-222222".to_owned(), stored(claim, 9));
-        assert_eq!(ends(&snapshot), [], "another owner, not ready yet");
-        let token = Token { generation: 1, revision: 9 };
-        let status =
-            record::Status { token: Some(token), state: InstanceState::Ready.into(), ..record::Status::default() };
-        let mut unwanted = snapshot.clone();
-        let instance = record::Instance { wanted: false, ..snapshot.instances["m-222222"].value.clone() };
-        unwanted.instances.insert("m-222222".to_owned(), stored(instance, 10));
-        assert_eq!(
-            ends(&unwanted),
-            [EndRun { instance: "m-222222".to_owned(), yields_to: None }],
-            "wanted no more: the owner need not be ready first"
-        );
-        snapshot.statuses.insert("m-222222".to_owned(), stored(status, 10));
-        assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: Some(token) }]);
-        snapshot.claims.clear();
-        assert_eq!(
-            ends(&snapshot),
-            [],
-            "the claim that it was to yield to has vanished: what was said under it is nothing"
-        );
-        snapshot.instances.clear();
-        assert_eq!(ends(&snapshot), [EndRun { instance: "m-222222".to_owned(), yields_to: None }]);
-    }
-
-    #[test]
-    fn what_the_store_never_knew_or_can_not_read_is_not_ended() {
-        let run = |generation, revision| RecordedRun {
-            instance: "m-222222".to_owned(),
-            token: Some(Token { generation, revision }),
-            alive: true,
-            memory_bytes: 1,
-            ..RecordedRun::default()
-        };
-        let ends = |snapshot: &Snapshot, run: RecordedRun| {
-            !claim_set(snapshot, &Shares::of(snapshot), "a", &[run]).end_runs.is_empty()
-        };
-        let mut snapshot = Snapshot { revision: 90, ..Snapshot::default() };
-        let schema = record::Schema { generation: 2, ..record::Schema::default() };
-        let begun_at =
-            |revision| Some(Arc::new(Stored { value: schema.clone(), create_revision: revision, mod_revision: 70 }));
-        snapshot.schema = begun_at(1);
-        assert!(ends(&snapshot, run(2, 50)), "it was claimed here, and is gone since");
-        assert!(!ends(&snapshot, run(1, 50)), "it was claimed before a restore");
-        assert!(!ends(&snapshot, run(3, 50)), "it was claimed in a store that is newer");
-        snapshot.schema = begun_at(60);
-        assert!(!ends(&snapshot, run(2, 50)), "it was claimed before this store was begun");
-        snapshot.schema = begun_at(1);
-        snapshot.unreadable.insert("instances/m-222222".to_owned());
-        assert!(!ends(&snapshot, run(2, 50)), "its record is there");
-        // Of one that is owned nobody has said that it is to stop.
-        let claim = record::Claim { node: "a".to_owned(), ..record::Claim::default() };
-        snapshot.claims.insert("m-222222".to_owned(), stored(claim, 50));
-        let wanted = |snapshot: &Snapshot| claim_set(snapshot, &Shares::of(snapshot), "a", &[]).claims[0].wanted;
-        assert!(wanted(&snapshot));
-        snapshot.unreadable.clear();
-        assert!(!wanted(&snapshot));
-    }
-
-    #[test]
-    fn every_node_of_a_large_fleet_is_told_about_a_change_in_time() {
-        let mut snapshot = offered(7);
-        for n in 0..10_000 {
-            let id = format!("z-{n:06}");
-            let instance = snapshot.instances["m-222222"].as_ref().clone();
-            snapshot.instances.insert(id.clone(), Arc::new(instance));
-            let claim = record::Claim { node: format!("n{}", n % 1000), ..record::Claim::default() };
-            snapshot.claims.insert(id, stored(claim, 9));
-        }
-        #[allow(clippy::disallowed_methods)] // measured is what it really takes
-        let begun = std::time::Instant::now();
-        let shares = Shares::of(&snapshot);
-        let told: usize = (0..1000)
-            .map(|n| Outbox::new(vec![]).due(&snapshot, &shares, &format!("n{n}"), NOW).0)
-            .map(|messages| match &messages[..] {
-                [SessionResponse { message: Some(Message::Claims(set)) }] => set.claims.len(),
-                other => panic!("{other:?}"),
-            })
-            .sum();
-        let took = begun.elapsed();
-        println!("1000 nodes that own 10,000 were told in {took:?}");
-        assert!(took.as_millis() < 1500, "{took:?}: looking through all claims for every node took 3.9 s");
-        assert_eq!(told, 10_000);
-    }
-
-    #[test]
-    fn a_command_is_told_once_on_a_stream_and_only_to_its_node() {
-        let mut snapshot = Snapshot::default();
-        let asked = |id: &str| {
-            let command = Some(drover_proto::v1::NodeCommand { id: id.to_owned(), command: None });
-            stored(record::Command { command, lease: 1 }, 3)
-        };
-        snapshot.commands.insert("a/1".to_owned(), asked("1"));
-        snapshot.commands.insert("ab/2".to_owned(), asked("2"));
-        let mut outbox = Outbox::new(vec![]);
-        let mut told = |snapshot: &Snapshot| {
-            let (due, _) = outbox.due(snapshot, &Shares::of(snapshot), "a", NOW);
-            let ids = due.into_iter().filter_map(|m| match m.message {
-                Some(Message::Command(command)) => Some(command.id),
-                _ => None,
-            });
-            ids.collect::<Vec<_>>()
-        };
-        assert_eq!(told(&snapshot), ["1"]);
-        assert!(told(&snapshot).is_empty());
-        assert_eq!(
-            Outbox::new(vec![]).due(&snapshot, &Shares::of(&snapshot), "b", NOW).0.len(),
-            1,
-            "the set of claims"
-        );
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! The stream of a session: reads what the agent says, tells it what it owns and may claim.
 
 use super::{
-    Cache, Refusals, Settings, Streams, attach,
+    Refusals, Settings, Streams, attach,
     heartbeats::{self, HAND_OVER},
     node_record::{self, Told},
     open::{self, Opened},
@@ -74,8 +74,6 @@ pub struct Sessions {
     pub statuses: Statuses,
     /// Checkpoints of span sources.
     pub audit: Audit,
-    /// What each node has part in.
-    pub shares: Cache,
     /// Agents that were refused of late.
     pub refusals: Refusals,
     /// The streams that are served here.
@@ -142,11 +140,9 @@ impl Sessions {
         outbox: &mut Outbox,
     ) -> Result<SessionResponse, Status> {
         // The view at the bump's revision or later shows every claim that this session can still have.
-        let snapshot = self
-            .view
-            .at_least(opened.revision, CATCH_UP)
-            .await
-            .map_err(|e| with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, e.to_string()))?;
+        let reached = self.view.at_least(opened.revision, CATCH_UP).await;
+        reached.map_err(|e| with_reason(Code::Unavailable, reason::STORE_UNAVAILABLE, e.to_string()))?;
+        let (snapshot, shares) = self.view.shared().borrow().clone();
         let cluster_id = self.store.cluster_id().await.map_err(store_status)?;
         Ok(SessionResponse {
             message: Some(Message::Welcome(Welcome {
@@ -158,7 +154,7 @@ impl Sessions {
                 heartbeat_interval_ms: ms(self.settings.heartbeat_interval.min(opened.ttl / 3)),
                 store_generation: snapshot.generation(),
                 cluster_id,
-                claims: Some(outbox.claim_set(&snapshot, &self.shares.of(&snapshot), node)),
+                claims: Some(outbox.claim_set(&snapshot, &shares, node, clock::now_ms())),
                 resumed: opened.resumed,
                 coordinator: self.settings.coordinator.clone(),
                 store_id: snapshot.schema.as_ref().map(|s| s.value.id.clone()).unwrap_or_default(),
@@ -199,16 +195,16 @@ impl Sessions {
         let (answer, answered) = mpsc::channel(ANSWERS);
         let answer_commands = commands::write_answers(self.store.clone(), self.view.clone(), node.clone(), answered);
         let mut inward = Inward { beats, reports, tell, answer, reconcile: Reconcile::default(), ask_at: None };
-        let mut snapshots = self.view.subscribe();
+        let mut views = self.view.shared();
         let talk = async {
             loop {
                 let (due, again_ms) = {
-                    let snapshot = snapshots.borrow_and_update().clone();
+                    let (snapshot, shares) = views.borrow_and_update().clone();
                     if let Err(gone) = still_ours(&snapshot, &node, &opened, &self.settings.coordinator) {
                         let _ = answers.send(Err(gone)).await;
                         return None;
                     }
-                    outbox.due(&snapshot, &self.shares.of(&snapshot), &node, clock::now_ms())
+                    outbox.due(&snapshot, &shares, &node, clock::now_ms())
                 };
                 for message in due {
                     if answers.send(Ok(message)).await.is_err() {
@@ -224,7 +220,7 @@ impl Sessions {
                             return None;
                         }
                     }
-                    changed = snapshots.changed() => if changed.is_err() { return None },
+                    changed = views.changed() => if changed.is_err() { return None },
                     message = inbound.try_next() => match message {
                         Ok(Some(SessionRequest { message: Some(session_request::Message::Runs(set)) })) => {
                             let full = set.clone();

@@ -69,7 +69,6 @@ fn sessions(world: &World, reach: Reach) -> Sessions {
         events: world.events.clone(),
         statuses: world.statuses.clone(),
         audit: Audit::new(audit::Settings::from_env().unwrap()),
-        shares: sessions::Cache::default(),
         streams: sessions::Streams::default(),
         refusals: sessions::Refusals::default(),
         settings: sessions::Settings {

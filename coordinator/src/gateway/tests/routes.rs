@@ -114,7 +114,9 @@ fn a_server_whose_claim_has_vanished_is_routed_until_something_better_is_ready()
     assert_eq!(routed(&snapshot), [("a".to_owned(), true)], "unowned but answering");
     let mut ends = snapshot.clone();
     let spec = DeploymentSpec { on_lease_lost: OnLeaseLost::Stop.into(), ..spec("one", "", None) };
-    ends.revisions.values_mut().for_each(|r| Arc::make_mut(r).value.spec = Some(spec.clone()));
+    for key in snapshot.revisions.keys() {
+        Arc::make_mut(&mut ends.revisions[key]).value.spec = Some(spec.clone());
+    }
     assert_eq!(routed(&ends), [], "it has ended with its lease");
     // Another node takes it over: its report replaces the status, and says nothing of the server on a.
     let claim = record::Claim { node: "b".to_owned(), ..Default::default() };

@@ -150,8 +150,8 @@ fn a_plan_for_a_large_fleet_is_made_in_time() {
 #[test]
 fn what_ends_with_its_lease_is_offered_to_agents_that_know_how() {
     let mut fleet = Fleet::new().node("a", 8 * GIB).node("b", 8 * GIB).deployment("m", 1, 1);
-    for revision in fleet.snapshot.revisions.values_mut() {
-        let spec = Arc::make_mut(revision).value.spec.as_mut().unwrap();
+    for key in fleet.snapshot.revisions.clone().keys() {
+        let spec = Arc::make_mut(&mut fleet.snapshot.revisions[key]).value.spec.as_mut().unwrap();
         spec.on_lease_lost = OnLeaseLost::Stop.into();
     }
     let why = &fleet.plan().unplaced[0].why;

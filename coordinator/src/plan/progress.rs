@@ -5,7 +5,8 @@
 //! | claimed, starting | nothing was heard that shows progress | `progress_deadline_ms` |
 //! | loading | the same; the node itself ends a load that makes none after `load_timeout_ms` | both together |
 //! | backoff, failed | it was never ready since it failed first | `give_up_after_ms` |
-//! | ready, suspect, draining, stopped | never: what serves, or may, is nobody's to take away | – |
+//! | ready, suspect, draining, stopped; wanted | never: what serves, or may, is nobody's to take away | – |
+//! | the same; wanted no more | nothing was heard of an end | `progress_deadline_ms`, the drain and the grace that its deployment asks for |
 //!
 //! What is wanted is given up only when another node can take it, which is offered it by the same transaction; what is
 //! wanted no more when its owner does nothing about it. Times are this leader's, counted from what it has seen itself: the
@@ -91,7 +92,7 @@ pub(super) fn judge(
     let status = input.snapshot.statuses.get(id).map(|status| &status.value);
     let status = status.filter(|status| status.token == input.snapshot.token(id));
     let (for_ms, limit_ms) = match state {
-        InstanceState::Ready => return forgive(input, instance, claim, *held),
+        InstanceState::Ready if instance.wanted => return forgive(input, instance, claim, *held),
         InstanceState::Backoff | InstanceState::Failed if instance.wanted => {
             (held.failing_ms.unwrap_or(0), settings.give_up_after_ms)
         }
@@ -109,7 +110,13 @@ pub(super) fn judge(
             let its_own = if state == InstanceState::Loading { load_ms } else { 0 };
             (held.idle_ms, settings.progress_deadline_ms.saturating_add(its_own))
         }
-        InstanceState::Suspect
+        InstanceState::Ready | InstanceState::Suspect | InstanceState::Draining | InstanceState::Stopped
+            if !instance.wanted =>
+        {
+            (held.idle_ms, settings.progress_deadline_ms.saturating_add(end_ms(input, instance)))
+        }
+        InstanceState::Ready
+        | InstanceState::Suspect
         | InstanceState::Draining
         | InstanceState::Stopped
         | InstanceState::Pending
@@ -119,6 +126,13 @@ pub(super) fn judge(
         return Verdict::In(limit_ms - for_ms);
     }
     Verdict::GiveUp(Why { state, for_ms, says: status.map(|status| status.message.clone()).unwrap_or_default() })
+}
+
+/// Longest time that an end in order takes, in milliseconds: streams drain, then the server has its grace.
+fn end_ms(input: &Input<'_>, instance: &record::Instance) -> i64 {
+    let spec = input.snapshot.spec_of(instance);
+    let drain_ms = spec.and_then(|spec| spec.drain_timeout_ms).unwrap_or(limits::defaults::DRAIN_TIMEOUT_MS);
+    drain_ms.saturating_add(spec.and_then(|spec| spec.stop_grace_ms).unwrap_or(limits::defaults::STOP_GRACE_MS))
 }
 
 /// Ready for as long as it may take to make progress: not one that answers once and ends.

@@ -116,8 +116,27 @@ impl Plan {
         if !calm && chance.permille(120) {
             steps.extend(restores(&mut chance, 5000, chaos_ms));
         }
-        steps.sort_by_key(|(at, _)| *at);
-        Self { settings, nodes, steps, chaos_ms }
+        let mut plan = Self { settings, nodes, steps, chaos_ms };
+        let mut chance = Chance::new(seed, "idle");
+        if !calm && chance.permille(60) {
+            plan.with_idle_agent(&mut chance);
+        }
+        plan.steps.sort_by_key(|(at, _)| *at);
+        plan
+    }
+
+    /// One agent claims and then does nothing, for good. What is asked for fits without it.
+    fn with_idle_agent(&mut self, chance: &mut Chance) {
+        self.settings.offer_deadline_ms = self.settings.offer_deadline_ms.min(5000);
+        self.nodes.iter_mut().for_each(|units| *units = 4);
+        for (_, step) in &mut self.steps {
+            if let Step::Apply { replicas, .. } = step {
+                *replicas = 1;
+            }
+        }
+        let agents = u64::try_from(self.nodes.len()).unwrap_or(1);
+        let agent = usize::try_from(chance.between(0, agents)).unwrap_or(0);
+        self.steps.push((0, Step::DoesNothing { agent }));
     }
 }
 
@@ -177,15 +196,7 @@ impl Plan {
             }
             Towards::IdleAgents => {
                 plan.settings.bad_calls = 0;
-                plan.settings.offer_deadline_ms = 5000;
-                // What is asked for fits without it.
-                plan.nodes.iter_mut().for_each(|units| *units = 4);
-                for (_, step) in &mut plan.steps {
-                    if let Step::Apply { replicas, .. } = step {
-                        *replicas = 1;
-                    }
-                }
-                plan.steps.push((0, Step::DoesNothing { agent: agent(&mut chance) }));
+                plan.with_idle_agent(&mut chance);
             }
             Towards::UsedOffers => {
                 plan.settings.ttl_ms = 2000;

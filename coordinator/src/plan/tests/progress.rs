@@ -175,8 +175,26 @@ fn what_is_wanted_no_more_is_given_up_without_an_offer_when_its_owner_does_nothi
         let found = plan.actions.iter().find(|a| matches!(a, Action::GiveUp { .. }));
         assert!(matches!(found, Some(Action::GiveUp { offer: None, .. })), "{state:?}: {plan:?}");
     }
-    let draining = owned_by_a(Draining).instance(ID, 1, false).idle(i64::MAX / 2).plan();
-    assert!(draining.actions.iter().all(|a| !matches!(a, Action::GiveUp { .. })), "it drains: {draining:?}");
+}
+
+#[test]
+fn what_is_to_end_and_never_does_is_given_up_when_an_end_in_order_would_be_over() {
+    // The drain and the grace of a deployment that says nothing of them.
+    let limit = DEADLINE + 30_000 + 10_000;
+    for state in [Ready, Suspect, Draining] {
+        let fleet = |idle_ms| owned_by_a(state).instance(ID, 1, false).idle(idle_ms);
+        let early = fleet(limit - 1).plan();
+        assert!(early.actions.iter().all(|a| !matches!(a, Action::GiveUp { .. })), "{state:?}: {early:?}");
+        let plan = fleet(limit).plan();
+        let found = plan.actions.iter().find(|a| matches!(a, Action::GiveUp { .. }));
+        assert!(matches!(found, Some(Action::GiveUp { offer: None, .. })), "{state:?}: {plan:?}");
+    }
+    let mut slow = owned_by_a(Draining).instance(ID, 1, false).idle(limit);
+    let key = format!("m/{:020}", 1);
+    let mut revision = slow.snapshot.revisions[&key].as_ref().clone();
+    revision.value.spec.as_mut().unwrap().drain_timeout_ms = Some(600_000);
+    slow.snapshot.revisions.insert(key, Arc::new(revision));
+    assert!(slow.plan().actions.iter().all(|a| !matches!(a, Action::GiveUp { .. })), "its streams may take longer");
 }
 
 #[test]

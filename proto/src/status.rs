@@ -44,6 +44,8 @@ pub mod reason {
     pub const AVOIDED: &str = "AVOIDED";
     /// Nobody holds a claim on the instance.
     pub const NOT_CLAIMED: &str = "NOT_CLAIMED";
+    /// The node's agent has not left on purpose, or is back.
+    pub const NOT_ABSENT: &str = "NOT_ABSENT";
     /// The outcome of the call is not known.
     pub const OUTCOME_UNKNOWN: &str = "OUTCOME_UNKNOWN";
     /// The node that would have to answer can't be reached.

@@ -107,6 +107,13 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// Time to live of its sessions: what its plan says, else the default.
+    #[must_use]
+    pub fn session_ttl(&self) -> Duration {
+        let said = self.plan.coordinator_toml.lines().find_map(|line| line.strip_prefix("session_ttl_ms = "));
+        said.and_then(|ms| ms.parse().ok()).map_or(Duration::from_secs(10), Duration::from_millis)
+    }
+
     /// Starts a fleet and waits until every agent has its session.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What etcd itself says has happened: a watch by etcdctl, which links none of the product.
 //!
-//! A claim that is written while one stands is a second owner. Whoever checks more than that takes the whole history.
+//! A claim that is written while one stands is a second owner. Whoever checks more than that takes the whole history, as
+//! [`checker`](crate::checker) does.
 
 use crate::etcd::etcdctl;
 use anyhow::{Context as _, ensure};
@@ -10,6 +11,7 @@ use std::{
     io::{BufRead as _, BufReader},
     process::{Child, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::UNIX_EPOCH,
 };
 
 /// What all keys of a fleet begin with.
@@ -30,6 +32,10 @@ pub struct Change {
     pub revision: i64,
     /// Writes since it was made, this one included; 0 when it is gone.
     pub version: i64,
+    /// Lease that it hangs on; 0 for none, and when it is gone.
+    pub lease: i64,
+    /// When the judge heard of it, in milliseconds since the epoch.
+    pub at_ms: i64,
 }
 
 /// The watch, from the store's first revision on. It outlives an outage of etcd.
@@ -66,7 +72,8 @@ impl Judge {
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 let Ok(answer) = serde_json::from_str::<Value>(&line) else { continue };
-                let read = answer["Events"].as_array().into_iter().flatten().map(change);
+                let at_ms = i64::try_from(UNIX_EPOCH.elapsed().unwrap_or_default().as_millis()).unwrap_or(i64::MAX);
+                let read = answer["Events"].as_array().into_iter().flatten().map(|event| change(event, at_ms));
                 let read: Vec<Change> = read.filter_map(Result::ok).collect();
                 lock(&changes).extend(read);
             }
@@ -110,7 +117,7 @@ fn lock(seen: &Mutex<Vec<Change>>) -> MutexGuard<'_, Vec<Change>> {
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn change(event: &Value) -> anyhow::Result<Change> {
+fn change(event: &Value, at_ms: i64) -> anyhow::Result<Change> {
     let kv = &event["kv"];
     let number = |name: &str| kv[name].as_i64().unwrap_or(0);
     let key = String::from_utf8(base64(kv["key"].as_str().context("a change without a key")?)?)?;
@@ -121,6 +128,8 @@ fn change(event: &Value) -> anyhow::Result<Change> {
         create_revision: number("create_revision"),
         revision: number("mod_revision"),
         version: number("version"),
+        lease: number("lease"),
+        at_ms,
     })
 }
 

@@ -68,6 +68,26 @@ async fn when_it_comes_back_and_only_once() -> anyhow::Result<()> {
     cluster.end().await
 }
 
+/// An operator need not wait for its time to be over, which no test could.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn but_not_when_an_operator_ends_its_absence() -> anyhow::Result<()> {
+    let mut cluster = cluster(Duration::from_secs(600)).await?;
+    let before = cluster.deploy(cluster.spec("tiny", 1)).await?.remove(0);
+    let (code, _, said) = cluster.drover(0, &["end-absence", "a"])?;
+    assert!(code == Some(1) && said.contains("is not absent on purpose: it is connected"), "{code:?}: {said}");
+    leave(&mut cluster).await?;
+    let (code, shown, said) = cluster.drover(0, &["get", "nodes"])?;
+    assert!(code == Some(0) && shown.contains("away") && shown.contains("means to be back until"), "{shown}{said}");
+    let (code, out, said) = cluster.drover(0, &["end-absence", "a", "--reason", "a test"])?;
+    assert!(code == Some(0) && out.contains("is waited for no longer"), "{out}{said}");
+    claim_gone(&cluster).await?;
+    come_back(&mut cluster).await?;
+    let reclaimed = cluster.ready("tiny", 1).await?.remove(0);
+    assert!(reclaimed.pid == before.pid && reclaimed.token > before.token, "the same server, claimed again");
+    cluster.delete("tiny").await?;
+    cluster.end().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn but_not_when_it_stays_away() -> anyhow::Result<()> {
     let mut cluster = cluster(TTL * 2).await?;

@@ -13,7 +13,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-const FLEET: [&str; 18] = [
+const FLEET: [&str; 19] = [
     "ApplyDeployment",
     "GetDeployment",
     "ListDeployments",
@@ -31,6 +31,7 @@ const FLEET: [&str; 18] = [
     "GetFreeze",
     "OverrideFreeze",
     "ReleaseClaim",
+    "EndAbsence",
     "RemoveNode",
 ];
 

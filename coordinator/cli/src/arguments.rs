@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 pub use check::{Check, CheckCommand};
 pub use dev::{Dev, Store};
-pub use nodes::{Freeze, FreezeCommand, OverrideFreeze, Release, RemoveNode};
+pub use nodes::{EndAbsence, Freeze, FreezeCommand, OverrideFreeze, Release, RemoveNode};
 pub use processes::{Cleanup, ListProcesses, Processes, ProcessesCommand, StopProcess};
 
 const EXIT_CODES: &str = "\
@@ -148,6 +148,15 @@ For one that gets nowhere there: what makes no progress, or fails again and agai
 stopped: what runs there goes on, and ends when another node's server is ready in its place. That node is not offered it again
 for a while. `drover get instance ID --output json` shows the token, `drover events --object instance/ID` who did what.")]
     Release(Release),
+    /// Wait no longer for an agent that has left and meant to be back: what its node owns is claimed elsewhere
+    #[command(after_help = "\
+Example:
+  drover end-absence gpu-7 --reason \"the upgrade went wrong\"
+
+For an agent that ended in order with `return_within_ms` in its configuration: its session is kept so long (`drover get nodes`
+says \"away\"). Afterwards its session runs out as that of a lost host does. Nothing is stopped, and an agent that is back before
+goes on as if nothing had happened.")]
+    EndAbsence(EndAbsence),
     /// Forget a node that is gone for good: it counts as lost no more, and its name is free
     #[command(after_help = "Example:\n  drover remove-node gpu-7 --reason \"sent back\"")]
     RemoveNode(RemoveNode),
@@ -388,6 +397,7 @@ mod tests {
             "drover freeze override --for 0",
             "drover freeze override --for 3601",
             "drover remove-node",
+            "drover end-absence",
             "drover release",
             "drover release tiny-x --token 7",
         ] {

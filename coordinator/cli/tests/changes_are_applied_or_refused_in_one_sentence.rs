@@ -154,6 +154,25 @@ async fn a_claim_is_released_and_its_holder_named() {
 }
 
 #[tokio::test]
+async fn an_absence_is_ended_and_what_follows_is_told() {
+    let fake = Fake::default();
+    let address = fake.serve().await;
+    let (code, out, err) = parts(&run(&address, &["end-absence", "away", "--reason", "it went wrong"]).await);
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(
+        out,
+        "the agent of away, which meant to be back until 1970-01-01T00:01:00Z, is waited for no longer: its session ends \
+         within 10s\n"
+    );
+    let (code, out, _) = parts(&run(&address, &["end-absence", "away", "--output", "json"]).await);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, json["ends_within_ms"].as_str()), (0, Some("10000")), "{out}");
+    let (code, out, err) = parts(&run(&address, &["end-absence", "here"]).await);
+    assert_eq!((code, out.as_str()), (1, ""), "{err}");
+    assert!(err.contains("the agent of here is not absent on purpose"), "{err}");
+}
+
+#[tokio::test]
 async fn nobody_there_is_told_apart_from_a_refusal() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let (code, _, err) = parts(&run(&closed, &["get", "nodes"]).await);

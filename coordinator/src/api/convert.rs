@@ -102,6 +102,7 @@ fn waiting_for(snapshot: &Snapshot, id: &str, stored: &record::Instance) -> Stri
 /// A node.
 pub(super) fn node(snapshot: &Snapshot, name: &str, stored: &Stored<record::Node>) -> v1::Node {
     let session = snapshot.sessions.get(name);
+    let absent_until = session.filter(|s| s.value.stream.is_empty()).and_then(|s| s.value.absent_until);
     let since: Option<Timestamp> = session.and_then(|s| s.value.opened_at).or(stored.value.joined_at);
     v1::Node {
         name: name.to_owned(),
@@ -113,7 +114,15 @@ pub(super) fn node(snapshot: &Snapshot, name: &str, stored: &Stored<record::Node
         agent_version: stored.value.agent_version.clone(),
         proxy_address: stored.value.proxy_address.clone(),
         since,
-        message: if session.is_some() { String::new() } else { "no session: its lease ran out".to_owned() },
+        message: match (session, &absent_until) {
+            (None, _) => "no session: its lease ran out".to_owned(),
+            (Some(_), Some(until)) => {
+                let until = Timestamp { nanos: 0, ..*until };
+                format!("its agent has left and means to be back until {until}: its session is kept so long")
+            }
+            (Some(_), None) => String::new(),
+        },
+        absent_until,
     }
 }
 

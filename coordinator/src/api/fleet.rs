@@ -56,6 +56,7 @@ impl Fleet {
             view: view.clone(),
             events: events.clone(),
             freeze_share_percent: planning.freeze_share_percent,
+            session_ttl_ms: planning.grace_ms,
         };
         let (to, seen, told) = (store.clone(), view.clone(), events.clone());
         let release = Release { store: to, view: seen, events: told, delays: planning.avoid };
@@ -261,6 +262,15 @@ impl FleetService for Fleet {
         self.snapshot()?;
         let (span, who) = (call_span!(request, "fleet.release_claim"), processes::caller(&request));
         Ok(Response::new(self.release.release(&who, request.into_inner()).instrument(span).await?))
+    }
+
+    async fn end_absence(
+        &self,
+        request: Request<v1::EndAbsenceRequest>,
+    ) -> Result<Response<v1::EndAbsenceResponse>, Status> {
+        self.snapshot()?;
+        let (span, who) = (call_span!(request, "fleet.end_absence"), processes::caller(&request));
+        Ok(Response::new(self.nodes.end_absence(&who, request.into_inner()).instrument(span).await?))
     }
 
     async fn remove_node(

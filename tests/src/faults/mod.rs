@@ -2,13 +2,14 @@
 //! `tests/run faults NAME` at full length.
 //!
 //! All of them judge alike: [`Servers`](crate::servers::Servers) says that each server that was wanted and not superseded
-//! lives under its old pid, [`Judge`](crate::judge::Judge) that no claim was ever written over another.
+//! lives under its old pid, [`Judge`](crate::judge::Judge) that no claim was ever written over another, and
+//! [`checker`](crate::checker) that nothing else in the store's history breaks an invariant.
 
 pub mod outage;
 pub mod pause;
 pub mod restart;
 
-use crate::{cluster::Cluster, judge::Judge, programs::eventually, servers::Servers};
+use crate::{checker, cluster::Cluster, judge::Judge, programs::eventually, servers::Servers};
 use anyhow::{Context as _, ensure};
 use drover_proto::v1::{Instance, InstanceState, Token};
 use std::{collections::BTreeMap, time::Duration};
@@ -83,7 +84,7 @@ impl Watched {
         outcome.await.with_context(|| self.cluster.logs())
     }
 
-    /// No server ended that should have lived, and no claim was written over another.
+    /// No server ended that should have lived, no claim was written over another, and the history breaks no invariant.
     ///
     /// # Errors
     /// Says which.
@@ -91,7 +92,15 @@ impl Watched {
         self.servers.verdict().with_context(|| self.cluster.logs())?;
         let claims = self.judge.claims();
         ensure!(claims.second_owners == 0, "claims were written over standing ones: {claims:?}");
+        let broken = self.broken();
+        ensure!(broken.is_empty(), "the history of the store breaks invariants: {broken:#?}");
         Ok(())
+    }
+
+    /// What in the store's history so far breaks an invariant.
+    #[must_use]
+    pub fn broken(&self) -> Vec<String> {
+        checker::violations(&self.judge.changes(), self.cluster.session_ttl())
     }
 
     /// Deletes these deployments, looks whether the store is as before, and ends everything.

@@ -1,4 +1,4 @@
-//! The command lines of `drover freeze`, `drover release` and `drover remove-node`.
+//! The command lines of `drover freeze`, `drover release`, `drover end-absence` and `drover remove-node`.
 
 use clap::{Args, Subcommand};
 use drover_proto::v1::Token;
@@ -41,6 +41,16 @@ pub struct Release {
     /// Only the claim with this token
     #[arg(long, value_name = "GENERATION.REVISION")]
     pub token: Option<Token>,
+    /// Why; recorded with the event
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
+/// Options of `end-absence`.
+#[derive(Debug, Args)]
+pub struct EndAbsence {
+    /// Name of the node
+    pub node: String,
     /// Why; recorded with the event
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,

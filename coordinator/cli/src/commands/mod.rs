@@ -5,6 +5,7 @@ pub mod chat;
 pub mod check;
 pub mod completions;
 pub mod delete;
+pub mod end_absence;
 pub mod events;
 pub mod fetch;
 pub mod freeze;
@@ -69,6 +70,7 @@ async fn one(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Check(options) => check::run(context, &options).await,
         Command::Freeze(options) => freeze::run(context, &options).await,
         Command::Release(options) => release::run(context, &options).await,
+        Command::EndAbsence(options) => end_absence::run(context, &options).await,
         Command::RemoveNode(options) => remove_node::run(context, &options).await,
         Command::Chat(options) => chat::run(context, &options).await,
         Command::Dev(options) => crate::dev::run(context, &options).await,

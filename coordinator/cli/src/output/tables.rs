@@ -71,14 +71,18 @@ pub fn nodes(list: &[Node], now_seconds: i64) -> Vec<Row> {
     list.iter()
         .map(|n| {
             let capacity = n.capacity.clone().unwrap_or_default();
-            let state = if n.connected { ("connected".to_owned(), Tone::Good) } else { ("gone".to_owned(), Tone::Bad) };
+            let (state, tone) = match (n.connected, &n.absent_until) {
+                (true, None) => ("connected", Tone::Good),
+                (true, Some(_)) => ("away", Tone::Busy),
+                (false, _) => ("gone", Tone::Bad),
+            };
             let free = capacity.memory_bytes.saturating_sub(n.reserved_bytes);
             let mut labels: Vec<String> = n.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
             labels.sort_unstable();
             labels.extend((!n.message.is_empty()).then(|| n.message.clone()));
             vec![
                 plain(&n.name),
-                state,
+                (state.to_owned(), tone),
                 plain(n.instances),
                 plain(format!("{} of {}", bytes(free), bytes(capacity.memory_bytes))),
                 plain(capacity.cpus),

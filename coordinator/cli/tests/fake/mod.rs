@@ -275,6 +275,19 @@ impl fleet_service_server::FleetService for Fake {
         }))
     }
 
+    async fn end_absence(&self, request: Request<EndAbsenceRequest>) -> Result<Response<EndAbsenceResponse>, Status> {
+        match request.into_inner().node.as_str() {
+            "away" => {
+                let absent_until = Some(prost_types::Timestamp { seconds: 60, nanos: 0 });
+                Ok(Response::new(EndAbsenceResponse { absent_until, ends_within_ms: 10_000 }))
+            }
+            node => {
+                let what = format!("the agent of {node} is not absent on purpose");
+                Err(status::with_reason(Code::FailedPrecondition, status::reason::NOT_ABSENT, what))
+            }
+        }
+    }
+
     async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Result<Response<RemoveNodeResponse>, Status> {
         match request.into_inner().name.as_str() {
             "gone" => Ok(Response::new(RemoveNodeResponse {})),

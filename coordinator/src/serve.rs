@@ -12,7 +12,9 @@ use crate::{
     plan::{self, snapshot::Snapshot},
     stall,
     store::{
-        Store, etcd, memory,
+        Store, etcd,
+        guarded::Guarded,
+        memory,
         schema::{self, Known},
     },
     web,
@@ -68,6 +70,7 @@ pub async fn run(config: Config, connections: Handle) -> anyhow::Result<()> {
     telemetry.start_export(audit.local_sink());
     let alarm = Alarm::new(Duration::from_millis(config.session_ttl_ms));
     let view = View::judged(store.clone(), alarm.clone(), stop.clone());
+    let store: Store = Arc::new(Guarded::new(store, view.refused()));
     let (events, events_written) = Events::start(store.clone(), format!("coordinator/{}", config.id));
     let reach = Reach::start(store.clone(), view.clone(), events.clone(), stop.clone());
     let space = Space::start(store.clone(), events.clone(), stop.clone());

@@ -1,6 +1,6 @@
 //! Programs under test: where they are, how they are started and ended, and what is left of them.
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow};
 use nix::{
     sys::signal::{self, Signal},
     unistd::Pid,
@@ -102,14 +102,13 @@ impl Running {
     /// When it ends, or takes too long; with the end of its log.
     pub async fn ready(&mut self, within: Duration) -> anyhow::Result<serde_json::Value> {
         let what = format!("{} is ready", self.name);
-        let outcome = eventually(&what, within, async || {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("it has ended with {status}");
-            }
-            Ok(serde_json::from_slice(&fs::read(&self.ready)?)?)
+        let outcome = eventually(&what, within, async || match self.child.try_wait()? {
+            // Nothing is to be waited for any more.
+            Some(status) => Ok(Err(anyhow!("it has ended with {status}"))),
+            None => Ok(Ok(serde_json::from_slice(&fs::read(&self.ready)?)?)),
         })
         .await;
-        outcome.with_context(|| format!("its log ends with:\n{}", self.log_tail()))
+        outcome.flatten().with_context(|| format!("its log ends with:\n{}", self.log_tail()))
     }
 
     /// Process id.

@@ -119,7 +119,12 @@ impl Deployments {
             let revision = record::Revision { spec: next.spec.clone(), created_at: Some(clock::now()) };
             then.push(records::put(keys::revision(name, next.revision), &revision, 0));
         }
-        let compare = vec![Compare::ModRevision(keys::deployment(name), now.map_or(0, |n| n.mod_revision))];
+        let schema = self.view.snapshot().schema.as_ref().map_or(0, |schema| schema.mod_revision);
+        let compare = vec![
+            Compare::ModRevision(keys::deployment(name), now.map_or(0, |n| n.mod_revision)),
+            // Not in a store that has just come back empty.
+            Compare::ModRevision(keys::SCHEMA.to_owned(), schema),
+        ];
         let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await.map_err(store_status)?;
         if !outcome.succeeded {
             let what =

@@ -177,13 +177,17 @@ fn invalid(object: &str) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{control::events::Events, store::memory::Memory};
+    use crate::{
+        control::events::Events,
+        store::{memory::Memory, schema},
+    };
     use drover_proto::v1::Severity;
     use std::sync::Arc;
 
     #[tokio::test]
     async fn events_that_were_written_together_are_told_in_their_order() {
         let store: Store = Arc::new(Memory::start(1));
+        schema::open(&store, None).await.unwrap();
         let (events, written) = Events::start(store.clone(), "coordinator/test".to_owned());
         // More than a ring holds: the last ones lie before the first ones.
         for n in 0..70 {

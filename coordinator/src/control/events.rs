@@ -196,7 +196,7 @@ impl Rings {
         self.sweep();
         match self.write_together(&events).await {
             Ok(true) => return,
-            Err(error @ (Error::Unavailable(_) | Error::NoSpace(_))) => {
+            Err(error @ (Error::Unavailable(_) | Error::NoSpace(_) | Error::Changed(_))) => {
                 return tracing::warn!(%error, events = events.len(), "events were not recorded");
             }
             Ok(false) | Err(_) => {}
@@ -224,8 +224,7 @@ impl Rings {
             steps.push(ring.step(event, *sequence));
             *sequence += 1;
         }
-        let Step { compare, then } = Step::join(&steps);
-        let outcome = self.store.txn(Txn { compare, then, otherwise: vec![] }).await?;
+        let outcome = self.store.txn(in_a_store(Step::join(&steps))).await?;
         if outcome.succeeded {
             for (object, next) in after {
                 self.next.entry(object.to_owned()).or_default().written(next, outcome.revision);
@@ -263,9 +262,7 @@ impl Rings {
                 self.next.insert(event.object.clone(), ring);
             }
             let Some(ring) = self.next.get_mut(&event.object) else { continue };
-            let Step { compare, then } = ring.step(&event, ring.next);
-            let txn = Txn { compare, then, otherwise: vec![] };
-            match self.store.txn(txn).await {
+            match self.store.txn(in_a_store(ring.step(&event, ring.next))).await {
                 Ok(outcome) if outcome.succeeded => {
                     ring.written(ring.next + 1, outcome.revision);
                     return Ok(());
@@ -273,6 +270,9 @@ impl Rings {
                 // Another coordinator wrote to the ring, or the object is gone.
                 Ok(_) | Err(Error::OutcomeUnknown(_)) => {
                     self.next.remove(&event.object);
+                    if self.store.get(keys::SCHEMA).await?.is_none() {
+                        return Err(Error::Unavailable("the store is empty".to_owned()));
+                    }
                     if let Some(key) = owner(&event.object)
                         && self.store.get(&key).await?.is_none()
                     {
@@ -299,6 +299,12 @@ impl Rings {
     async fn read(&self, object: &str) -> Result<Ring, Error> {
         Ok(Ring::of(&self.store.list(&keys::events(object)).await?.items))
     }
+}
+
+/// Nothing is written into a store that has just come back empty, which is no store of ours.
+fn in_a_store(Step { mut compare, then }: Step) -> Txn {
+    compare.push(Compare::Exists(keys::SCHEMA.to_owned()));
+    Txn { compare, then, otherwise: vec![] }
 }
 
 impl Ring {
@@ -346,12 +352,22 @@ fn owner(object: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::memory::Memory;
+    use crate::store::{memory::Memory, schema};
     use std::sync::Arc;
 
     #[tokio::test(start_paused = true)]
+    async fn nothing_is_told_to_a_store_that_came_back_empty() {
+        let store: Store = Arc::new(Memory::start(1));
+        let event = || Event { object: FLEET.to_owned(), ..Event::default() };
+        Rings::new(store.clone()).write_all(vec![event(), event()]).await;
+        assert_eq!(store.list("").await.unwrap().items, []);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn the_ring_of_an_object_that_is_gone_is_forgotten_and_one_in_use_is_not() {
-        let mut rings = Rings::new(Arc::new(Memory::start(1)));
+        let store: Store = Arc::new(Memory::start(1));
+        schema::open(&store, None).await.unwrap();
+        let mut rings = Rings::new(store);
         let told = |object: &str| Event { object: object.to_owned(), ..Event::default() };
         rings.write_all(vec![told(FLEET), told("gone")]).await;
         assert_eq!(rings.next.len(), 2);
@@ -369,6 +385,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_told_of_an_instance_that_is_gone_is_told_once() {
         let store: Store = Arc::new(Memory::start(1));
+        schema::open(&store, None).await.unwrap();
         let told = async |object: &str| store.list(&keys::events(object)).await.unwrap().items.len();
         let event =
             || Event { object: "instance/tiny-222222".to_owned(), message: "on a".to_owned(), ..Event::default() };

@@ -30,8 +30,9 @@ struct Budget {
 pub(super) struct Seen {
     /// Instances that were owned and have no claim: revision of the last claim, and since when that is gone.
     unclaimed: BTreeMap<String, (i64, Instant)>,
-    /// Nodes with a session: its id, and since when it is there.
-    joined: BTreeMap<String, (String, Instant)>,
+    /// Nodes with a session: the revision that made it, and since when it is there. Not its id: an agent whose session ran out
+    /// before it was told of it asks for another by the same id.
+    joined: BTreeMap<String, (i64, Instant)>,
     /// The standing claims.
     held: held::Claims,
     budget: Option<Budget>,
@@ -103,10 +104,10 @@ impl Seen {
                 self.unclaimed.entry(id.clone()).or_insert((revision, now));
             }
         }
-        let session = |node: &str| snapshot.sessions.get(node).map(|session| &session.value.session_id);
-        self.joined.retain(|node, (id, _)| session(node) == Some(id));
+        let made = |node: &str| snapshot.sessions.get(node).map(|session| session.create_revision);
+        self.joined.retain(|node, (revision, _)| made(node) == Some(*revision));
         for (node, session) in &snapshot.sessions {
-            self.joined.entry(node.clone()).or_insert_with(|| (session.value.session_id.clone(), now));
+            self.joined.entry(node.clone()).or_insert((session.create_revision, now));
         }
         let ms = |since: Instant| i64::try_from(now.duration_since(since).as_millis()).unwrap_or(i64::MAX);
         let mut settled_ms = live_since.map_or(0, |live| ms(live.max(settled_since)));
@@ -163,17 +164,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_that_opens_another_session_has_joined_anew() {
+    async fn a_node_that_opens_another_session_has_joined_anew_whatever_its_id_is() {
         let (mut seen, begun) = (Seen::default(), Instant::now());
-        let mut joined = |id: &str| {
+        let mut joined = |create_revision, mod_revision| {
             let mut snapshot = Snapshot::default();
-            let session = record::Session { session_id: id.to_owned(), ..record::Session::default() };
-            snapshot.sessions.insert("a".to_owned(), stored(session, 1));
+            let value = record::Session { session_id: "one".to_owned(), ..record::Session::default() };
+            let session = Stored { value, create_revision, mod_revision };
+            snapshot.sessions.insert("a".to_owned(), Arc::new(session));
             seen.note(&snapshot, begun, Some(begun), CALM).joined_ms["a"]
         };
-        assert_eq!(joined("one"), 0);
+        assert_eq!(joined(5, 5), 0);
         tokio::time::advance(Duration::from_millis(300)).await;
-        assert_eq!((joined("one"), joined("two")), (300, 0));
+        assert_eq!((joined(5, 7), joined(9, 9)), (300, 0), "by the same id, after the first has run out");
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,10 +2,11 @@
 //!
 //! Owns: the [`Backend`] trait with its two implementations (etcd, and an in-memory twin for simulation and for `drover dev`
 //! on a machine without etcd), the names of keys ([`keys`]), the typed form of records ([`records`]) and how several writes
-//! share a transaction ([`pack`]).
+//! share a transaction ([`pack`]). What is written goes through [`guarded`].
 //! Must never: decide anything about the fleet. What a transaction compares is its caller's business.
 
 pub mod etcd;
+pub mod guarded;
 pub mod keys;
 pub mod memory;
 pub mod pack;
@@ -41,6 +42,9 @@ pub enum Error {
     /// The store is out of space (etcd's NOSPACE alarm): reads work, writes don't.
     #[error("the store is out of space and refuses writes: compact and defragment it, then disarm the alarm ({0})")]
     NoSpace(String),
+    /// Nothing was done: it is not the store that was used before.
+    #[error("{0}")]
+    Changed(String),
     /// The lease is gone: run out or revoked. A transaction that names it changed nothing.
     #[error("the lease has run out")]
     LeaseGone,

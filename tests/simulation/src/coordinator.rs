@@ -12,7 +12,7 @@ use drover_coordinator::{
         status::Statuses, view::View,
     },
     plan,
-    store::{Store, schema},
+    store::{Store, guarded::Guarded, schema},
 };
 use drover_proto::{
     world,
@@ -56,6 +56,7 @@ async fn live(sim: Arc<Sim>, number: usize, process: Process) {
     let ttl_ms = i64::try_from(sim.settings.ttl_ms).unwrap_or(i64::MAX);
     let stop = CancellationToken::new();
     let view = View::start(store.clone(), stop.clone());
+    let store: Store = Arc::new(Guarded::new(store, view.refused()));
     let (events, _) = Events::start(store.clone(), format!("coordinator/{id}"));
     let (leadership, _) = leader::start(store.clone(), view.clone(), id.clone(), stop.clone());
     let absences = Absences {

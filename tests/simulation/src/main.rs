@@ -205,7 +205,7 @@ mod tests {
     #[cfg_attr(not(tokio_unstable), ignore = "hangs on chance that is seeded with --cfg tokio_unstable alone")]
     fn servers_outlive_a_restore_and_are_claimed_again_in_their_place() {
         let mut lived = 0;
-        for seed in 0..3 {
+        for seed in 0..20 {
             let mut plan = Plan::of(seed, true);
             plan.steps.extend([(10_000, Step::Copy), (11_000, Step::Restore { ms: 1500 })]);
             plan.chaos_ms = 25_000;

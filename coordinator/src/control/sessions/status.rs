@@ -37,6 +37,7 @@ pub(crate) fn store_status(error: store::Error) -> Status {
     match error {
         E::OutcomeUnknown(_) => with_reason(Code::Unknown, reason::OUTCOME_UNKNOWN, error.to_string()),
         E::NoSpace(_) => with_reason(Code::ResourceExhausted, reason::STORE_UNAVAILABLE, error.to_string()),
+        E::Changed(why) => with_reason(Code::Unavailable, reason::STORE_CHANGED, why),
         E::Rejected(_) | E::Corrupt { .. } => {
             tracing::error!(%error, "the store");
             with_reason(Code::Internal, reason::STORE_UNAVAILABLE, error.to_string())

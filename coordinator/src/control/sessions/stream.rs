@@ -1,4 +1,6 @@
-//! The stream of a session: reads what the agent says, tells it what it owns and may claim.
+//! The stream of a session: reads what the agent says ([`inward`]), tells it what it owns and may claim.
+
+mod inward;
 
 use super::{
     Refusals, Settings, Streams, attach,
@@ -6,7 +8,7 @@ use super::{
     node_record::{self, Told},
     open::{self, Opened},
     outbox::{self, Outbox},
-    reconcile::{self, Reconcile},
+    reconcile::Reconcile,
     status::{away, ms, status_of, store_status},
 };
 use crate::{
@@ -16,16 +18,17 @@ use crate::{
     store::Store,
 };
 use drover_proto::{
-    ids, limits,
+    limits,
     status::{reason, with_reason},
     v1::{
-        CommandAnswer, Hello, Leave, NodeEvent, ReconcileRequest, RunSet, SessionRequest, SessionResponse, Severity,
-        StatusAck, StatusReport, Welcome, session_request, session_response::Message,
+        Hello, Leave, ReconcileRequest, SessionRequest, SessionResponse, Severity, Welcome, session_request,
+        session_response::Message,
     },
     world,
 };
 use futures::{Stream, TryStreamExt as _};
-use std::{collections::BTreeMap, time::Duration};
+use inward::{Inward, record_reports};
+use std::time::Duration;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout},
@@ -40,18 +43,12 @@ const HELLO: Duration = Duration::from_secs(5);
 const CATCH_UP: Duration = Duration::from_secs(5);
 /// A store that has been out of reach for less than this may answer in a moment: a Hello then waits for it.
 const AWAY: Duration = Duration::from_secs(1);
-/// Pause before a node that had differences is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Messages on their way to an agent; a slow agent slows only its own stream.
 const OUTBOUND: usize = 64;
 /// Reports that wait to be recorded.
 const REPORTS: usize = 1024;
 /// Answers to commands that wait to be written; what does not fit is left out, and its caller waits in vain.
 const ANSWERS: usize = 16;
-
-/// Events about an instance that are no history of the node: many nodes may decline one offer, again and again, and an agent
-/// that begins takes back all that it has at once.
-const NOT_OF_THE_NODE: [&str; 2] = ["OfferDeclined", "Adopted"];
 
 /// What an agent says on its stream, as it comes.
 pub trait Inbound: Stream<Item = Result<SessionRequest, Status>> + Send + Unpin + 'static {}
@@ -286,103 +283,6 @@ impl Sessions {
             Err(error) => tracing::warn!(node, %error, "the session of an agent that leaves is not kept"),
         }
     }
-
-    async fn take(&self, node: &str, message: SessionRequest, inward: &Inward) {
-        match message.message {
-            // A heartbeat that finds the queue full is answered by those before it.
-            Some(session_request::Message::Heartbeat(beat)) => drop(inward.beats.try_send(beat.sequence)),
-            // What finds the queue full is left out: it is not acknowledged, so the agent says it again. Waiting for room here
-            // would leave heartbeats unread for as long as the store takes.
-            Some(session_request::Message::Status(report)) => drop(inward.reports.try_send(report)),
-            Some(session_request::Message::Event(event)) => self.node_event(node, event),
-            Some(session_request::Message::Checkpoint(checkpoint)) => self.audit.checkpoint(node, checkpoint),
-            Some(session_request::Message::Models(models)) => {
-                inward.tell.send_modify(|told| told.models = Some(models));
-            }
-            Some(session_request::Message::Capacity(capacity)) => {
-                inward.tell.send_modify(|told| told.capacity = Some(capacity));
-            }
-            Some(session_request::Message::CommandAnswer(answer)) => {
-                if inward.answer.try_send(answer).is_err() {
-                    tracing::warn!(node, "too many answers to commands at once: one is left out");
-                }
-            }
-            Some(
-                session_request::Message::Hello(_)
-                | session_request::Message::Runs(_)
-                | session_request::Message::Leave(_),
-            )
-            | None => {
-                tracing::warn!(node, "a message of the session is of no known kind, or a second Hello");
-            }
-        }
-    }
-
-    /// Compares a node's inventory with the store, tells what differs and removes what is left of runs that are no more.
-    fn reconcile(&self, node: &str, set: RunSet, inward: &mut Inward) {
-        if mutant::on(mutant::name::NO_RECONCILE) {
-            return;
-        }
-        let snapshot = self.view.snapshot();
-        // A view that is behind what the node knows would show differences that there are not.
-        let news = if snapshot.revision >= set.claims_revision {
-            inward.reconcile.take(reconcile::differences(&snapshot, node, &set), Instant::now())
-        } else {
-            reconcile::News { look_again: true, ..reconcile::News::default() }
-        };
-        inward.ask_at = news.look_again.then(|| Instant::now() + LOOK_AGAIN);
-        for (id, kind, difference) in &news.found {
-            let message = format!("{kind:?} at {node}: {difference}");
-            self.events.record(format!("instance/{id}"), "Differs", kind.severity(), message);
-        }
-        for (id, kind, lasted) in &news.over {
-            let message = format!("{kind:?} at {node} is over after {:.1} s", lasted.as_secs_f32());
-            self.events.record(format!("instance/{id}"), "Agrees", Severity::Info, message);
-        }
-        if !news.found.is_empty() {
-            let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
-            news.found.iter().for_each(|(_, kind, _)| *kinds.entry(format!("{kind:?}")).or_default() += 1);
-            let kinds = kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect::<Vec<_>>().join(", ");
-            let message = format!("what runs there and what the store says differ: {kinds}");
-            self.events.record(format!("node/{node}"), "Differs", Severity::Warning, message);
-        }
-        let left = reconcile::run_records(&snapshot, node, &set);
-        if !left.is_empty() {
-            let (statuses, node) = (self.statuses.clone(), node.to_owned());
-            tokio::spawn(world::task(async move {
-                for (id, token) in left {
-                    if let Err(error) = statuses.close_own_run(&node, &id, &token).await {
-                        return tracing::warn!(%error, node, id, "the record of a run that is no more was not removed");
-                    }
-                }
-            }));
-        }
-        // What was recorded as it is writes nothing.
-        set.statuses.into_iter().for_each(|report| drop(inward.reports.try_send(report)));
-    }
-
-    fn node_event(&self, node: &str, event: NodeEvent) {
-        let about_instance = ids::check_instance_id(&event.instance).is_ok();
-        let reason: String = event.reason.chars().filter(char::is_ascii_alphanumeric).take(48).collect();
-        let severity = event.severity();
-        let message: String = event.message.chars().take(2000).collect();
-        if about_instance && !NOT_OF_THE_NODE.contains(&reason.as_str()) {
-            return self.events.record_by_node(node, &event.instance, &reason, severity, message);
-        }
-        let object = if about_instance { format!("instance/{}", event.instance) } else { format!("node/{node}") };
-        self.events.record_from(format!("node/{node}"), object, &reason, severity, message);
-    }
-}
-
-/// Where what a node says goes on to.
-struct Inward {
-    beats: mpsc::Sender<u64>,
-    reports: mpsc::Sender<StatusReport>,
-    tell: watch::Sender<Told>,
-    answer: mpsc::Sender<CommandAnswer>,
-    reconcile: Reconcile,
-    /// When the node is to be asked for another inventory.
-    ask_at: Option<Instant>,
 }
 
 /// Waits until then; for ever when there is no such time.
@@ -433,32 +333,6 @@ async fn hand_over(reach: &Reach, ttl: Duration) {
     reach.lost_longer_than(ttl.mul_f64(HAND_OVER)).await;
     if mutant::on(mutant::name::NO_HAND_OVER) {
         std::future::pending::<()>().await;
-    }
-}
-
-/// Records reports: of several for one instance that have queued up, the last one; those of different instances together.
-async fn record_reports(
-    statuses: Statuses,
-    node: String,
-    stream: i64,
-    mut reported: mpsc::Receiver<StatusReport>,
-    answers: Answers,
-) {
-    let (mut batch, mut written) = (Vec::new(), 0);
-    while reported.recv_many(&mut batch, 64).await > 0 {
-        let latest: BTreeMap<String, StatusReport> = batch.drain(..).map(|r| (r.instance.clone(), r)).collect();
-        let latest: Vec<StatusReport> = latest.into_values().collect();
-        for (report, recorded) in latest.iter().zip(statuses.record_all(&node, stream, &latest, &mut written).await) {
-            match recorded {
-                Ok(accepted) => {
-                    let (instance, state) = (report.instance.clone(), report.state);
-                    let ack = StatusAck { instance, token: report.token, accepted, state };
-                    let _ = answers.send(Ok(SessionResponse { message: Some(Message::StatusAck(ack)) })).await;
-                }
-                // Not acknowledged: the agent reports it again.
-                Err(error) => tracing::warn!(%error, instance = report.instance, "a report was not recorded"),
-            }
-        }
     }
 }
 

@@ -2,9 +2,10 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod support;
+use drover_proto::v1::InstanceState;
 use drover_shim::{
     durable, identity,
-    record::{Directory, Record},
+    record::{Directory, Record, Spec},
 };
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -44,6 +45,42 @@ async fn the_next_one_takes_nothing_away_from_under_a_shim() {
     assert!(directory.path().exists(), "the shim would record its process in a directory that is gone");
     drop(shim);
     wait_for("its files to go", || (!directory.path().exists()).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_what_comes_of_it() {
+    let mut node = Node::start().await;
+    let (directory, _) = ended(&mut node).await;
+    let shim = as_a_shim(&directory).await;
+    // It is claimed and wanted: nothing is started beside the shim, and nothing is said to have ended.
+    node.start_agent().await;
+    let unsure = node.reported("tiny-234567", InstanceState::Suspect).await;
+    assert!(unsure.message.contains("a shim that an earlier agent has started is at work"), "{unsure:?}");
+    node.coordinator.stop("tiny-234567");
+    node.reported("tiny-234567", InstanceState::Draining).await;
+    let stopped = |node: &Node| {
+        let state = node.coordinator.state();
+        state.reports.iter().any(|report| report.state() == InstanceState::Stopped)
+    };
+    assert!(!stopped(&node), "its claim would be another's while its server is started here");
+    drop(shim);
+    wait_for("the stop", || stopped(&node).then_some(())).await;
+    wait_for("its files to go", || (!directory.path().exists()).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_has_not_looked_yet_finds_its_time_over() {
+    let mut node = Node::start().await;
+    let (directory, record) = ended(&mut node).await;
+    // As an agent has written it that was killed right after it had forked the shim.
+    let spec = Spec { start_deadline_ns: u64::MAX, ..node.spec("tiny-234567") };
+    durable::write(&directory.spec(), &spec).unwrap();
+    node.coordinator.change(|state| state.answering = false);
+    node.spawn_agent();
+    wait_for("the start to be called off", || (node.spec("tiny-234567").start_deadline_ns == 0).then_some(())).await;
+    let refused = Command::new(support::shim()).arg(directory.path()).output().unwrap();
+    assert_eq!(refused.status.code(), Some(14), "{refused:?}");
+    assert!(!is_alive(i64::from(record.process.pid)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

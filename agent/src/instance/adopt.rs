@@ -31,10 +31,18 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-use tokio::{net::UnixStream, task::block_in_place};
+use tokio::{
+    net::UnixStream,
+    task::block_in_place,
+    time::{Duration, Instant, sleep},
+};
 
 /// Most files that are kept of those that were found damaged.
 pub const SET_ASIDE_MAX: usize = 100;
+
+/// How long a shim is waited for that may be about to let go of its lock, and how often it is looked at.
+const SHIM_PATIENCE: Duration = Duration::from_millis(300);
+const SHIM_POLL: Duration = Duration::from_millis(5);
 
 /// What an instance's directory says.
 #[derive(Debug)]
@@ -147,6 +155,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
         }
         Some(record)
     });
+    let known = record.clone();
     failpoint::at(Step::AdoptRead);
     let mut claim = traces.claim(record.as_ref());
     let left = match (unread, record) {
@@ -178,7 +187,43 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
             Found::Gone => Left::Ended(Some(run::ended(&directory, Some(&record)).await)),
         },
     };
+    let left = match left {
+        Left::Ended(ended) => match no_start_under_way(&directory, known.as_ref()).await {
+            Ok(()) => Left::Ended(ended),
+            Err(why) => Left::Unknown(Unsure::because(why)),
+        },
+        other => other,
+    };
     (claim, directory, left)
+}
+
+/// That no start which an earlier agent has begun can bring a process any more, after nothing was found to live. Its shim may
+/// be at work, and holds the lock then: what comes of it is seen later. Or it has not even looked yet: it does so under the
+/// lock, and finds that its time is over. `known` is the record by which nothing lives.
+async fn no_start_under_way(directory: &Directory, known: Option<&Record>) -> Result<(), String> {
+    let begun = Instant::now();
+    let _lock = loop {
+        match start::lock(directory) {
+            // One whose server has ended lets go in a moment.
+            Err(Refusal::Locked(_)) if begun.elapsed() < SHIM_PATIENCE => sleep(SHIM_POLL).await,
+            Err(Refusal::Locked(_)) => return Err("a shim that an earlier agent has started is at work".to_owned()),
+            // Where the lock can't even be opened, as where there is no directory, no shim can begin.
+            locked => break locked.ok(),
+        }
+    };
+    // One that was at work until now, and is dead, may have left a server.
+    if let Ok(record) = record::read::<Record>(&directory.record())
+        && known.is_none_or(|known| known.process != record.process)
+    {
+        return Err("it was started while it was looked at".to_owned());
+    }
+    if let Ok(spec) = record::read::<Spec>(&directory.spec())
+        && spec.start_deadline_ns > 0
+        && let Err(error) = block_in_place(|| durable::place(&directory.spec(), &Spec { start_deadline_ns: 0, ..spec }))
+    {
+        tracing::warn!(directory = %directory.path().display(), %error, "a start of an earlier agent can't be called off");
+    }
+    Ok(())
 }
 
 /// Finishes a raise of the token that an agent's end has cut off between two files, before anything is reported of the run:

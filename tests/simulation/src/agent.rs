@@ -1,5 +1,5 @@
-//! A life of an agent: the real registry, supervisors and link, on a simulated host. Its session has a process of its own,
-//! as it has a thread.
+//! A life of an agent: the real registry, supervisors and link, on a simulated host. Its session and its heartbeats have a
+//! process of their own, as they have threads.
 
 use crate::{
     host::{Here, Host, Plane},
@@ -41,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 pub struct Agent {
     /// Everything but its session's stream.
     pub main: Process,
-    /// The thread of its session.
+    /// The threads of its session and of its heartbeats.
     pub session: Process,
 }
 
@@ -105,7 +105,11 @@ async fn live(sim: Arc<Sim>, host: Arc<Host>, number: usize, session_process: Pr
     };
     let (_identity, keeper) = link::wire(wiring, &stop);
     let stopped = stop.clone();
-    simulated::as_process(session_process, || tokio::spawn(world::task(keeper.keep(stopped))));
+    let heartbeats = keeper.heartbeats();
+    simulated::as_process(session_process, || {
+        tokio::spawn(world::task(heartbeats.keep(stopped.clone())));
+        tokio::spawn(world::task(keeper.keep(stopped)))
+    });
     // The queues that nobody here uses stay open; what the agent believes of its session is looked at all the while.
     loop {
         let (id, deadline_ns) = context.session.granted();

@@ -284,6 +284,32 @@ impl Host {
         Ok(())
     }
 
+    /// Nobody is at work on an instance of which nothing lives, and a shim that comes later finds its time over.
+    fn calls_off(&self, instance: &str) -> bool {
+        let mut inner = lock(&self.inner);
+        let Some(files) = inner.disk.get_mut(instance) else { return true };
+        if let Some((_, deadline_ns)) = &mut files.spec
+            && !files.locked
+        {
+            *deadline_ns = 0;
+        }
+        !files.locked
+    }
+
+    /// A shim was killed in the middle of a start: its lock is free, and what it held ends.
+    fn shim_is_dead(&self, instance: &str) {
+        let held = {
+            let mut inner = lock(&self.inner);
+            let held = inner.servers.iter().find(|(_, server)| server.instance == *instance && server.held);
+            let held = held.map(|(pid, _)| *pid);
+            if let Some(files) = inner.disk.get_mut(instance) {
+                files.locked = false;
+            }
+            held
+        };
+        held.into_iter().for_each(|pid| self.end(pid));
+    }
+
     /// The next step of a shim; a few take long.
     async fn step(&self) {
         let ms = {

@@ -13,8 +13,8 @@ use drover_coordinator::invariants::Said;
 use drover_proto::{
     transport::Peer,
     v1::{
-        ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, SessionRequest, SessionResponse,
-        node_service_server::NodeService, session_request, session_response::Message,
+        ClaimManyRequest, ClaimManyResponse, ClaimRequest, ClaimResponse, HeartbeatsRequest, HeartbeatsResponse,
+        SessionRequest, SessionResponse, node_service_server::NodeService, session_request, session_response::Message,
     },
     world,
     world::simulated::{self, Process},
@@ -200,11 +200,12 @@ impl Link {
         lock(&self.sim.network).resets[self.agent]
     }
 
-    /// What the agent says, on its way to the coordinator.
-    async fn up(
+    /// What the agent says, on its way to the coordinator; `asks` is called with each that arrives.
+    async fn up<R>(
         self,
-        mut requests: mpsc::Receiver<SessionRequest>,
-        inbound: mpsc::Sender<Result<SessionRequest, Status>>,
+        mut requests: mpsc::Receiver<R>,
+        inbound: mpsc::Sender<Result<R, Status>>,
+        asks: impl Fn(&Self, &R),
     ) {
         let resets = self.resets();
         loop {
@@ -220,27 +221,20 @@ impl Link {
                 return;
             }
             let Some(request) = request else { return };
-            self.sim.judge(|checker, now| match &request.message {
-                Some(session_request::Message::Hello(hello)) => {
-                    let (resumes, chosen) = (&hello.resume_session_id, &hello.new_session_id);
-                    checker.told(now, &self.node, &Said::Hello { resumes, chosen });
-                    checker.asked_for_renewal(&self.node);
-                }
-                Some(session_request::Message::Heartbeat(_)) => checker.asked_for_renewal(&self.node),
-                _ => {}
-            });
+            asks(&self, &request);
             if inbound.send(Ok(request)).await.is_err() {
                 return;
             }
         }
     }
 
-    /// What the coordinator says, on its way to the agent.
-    async fn down(
+    /// What the coordinator says, on its way to the agent; `left` is called with each that leaves it.
+    async fn down<A>(
         self,
-        mut answers: mpsc::Receiver<Result<SessionResponse, Status>>,
-        incoming: mpsc::Sender<Result<SessionResponse, Status>>,
+        mut answers: mpsc::Receiver<Result<A, Status>>,
+        incoming: mpsc::Sender<Result<A, Status>>,
         of: Process,
+        left: impl Fn(&Self, &A),
     ) {
         let resets = self.resets();
         loop {
@@ -253,7 +247,7 @@ impl Link {
             if let Some(Ok(answer)) = &answer
                 && !self.sim.is_dead(of)
             {
-                self.left(answer);
+                left(&self, answer);
             }
             let broken = resets != self.resets();
             self.latency().await;
@@ -271,6 +265,19 @@ impl Link {
                 return;
             }
         }
+    }
+
+    /// A message of a session has reached the coordinator.
+    fn asks(&self, request: &SessionRequest) {
+        self.sim.judge(|checker, now| match &request.message {
+            Some(session_request::Message::Hello(hello)) => {
+                let (resumes, chosen) = (&hello.resume_session_id, &hello.new_session_id);
+                checker.told(now, &self.node, &Said::Hello { resumes, chosen });
+                checker.asked_for_renewal(&self.node);
+            }
+            Some(session_request::Message::Heartbeat(_)) => checker.asked_for_renewal(&self.node),
+            _ => {}
+        });
     }
 
     /// A message has left the coordinator.
@@ -308,7 +315,7 @@ impl Coordinator for Link {
         let serving = lock(&self.sim.network).serving(self.coordinator);
         let serving = serving.ok_or_else(|| Status::unavailable("connection refused"))?;
         let (inbound, received) = mpsc::channel(64);
-        tokio::spawn(self.again().up(requests, inbound));
+        tokio::spawn(self.again().up(requests, inbound, Self::asks));
         let (opened, open) = oneshot::channel();
         let (sessions, node, process) = (serving.sessions.clone(), self.node.clone(), serving.process);
         simulated::as_process(process, || {
@@ -318,7 +325,33 @@ impl Coordinator for Link {
         });
         let answers = open.await.map_err(|_| Status::unavailable("the connection broke"))??;
         let (told, incoming) = mpsc::channel(64);
-        tokio::spawn(self.again().down(answers.into_inner(), told, process));
+        tokio::spawn(self.again().down(answers.into_inner(), told, process, Self::left));
+        Ok(Incoming::new(ReceiverStream::new(incoming)))
+    }
+
+    async fn heartbeats(
+        &mut self,
+        requests: mpsc::Receiver<HeartbeatsRequest>,
+    ) -> Result<Incoming<HeartbeatsResponse>, Status> {
+        if !self.sim.settings.beats_apart {
+            return Err(Status::unimplemented("this coordinator is an older one"));
+        }
+        let serving = lock(&self.sim.network).serving(self.coordinator);
+        let serving = serving.ok_or_else(|| Status::unavailable("connection refused"))?;
+        let (inbound, received) = mpsc::channel(4);
+        let asks =
+            |link: &Self, _: &HeartbeatsRequest| link.sim.judge(|checker, _| checker.asked_for_renewal(&link.node));
+        tokio::spawn(self.again().up(requests, inbound, asks));
+        let (opened, open) = oneshot::channel();
+        let (sessions, node, process) = (serving.sessions.clone(), self.node.clone(), serving.process);
+        simulated::as_process(process, || {
+            tokio::spawn(world::task(async move {
+                let _ = opened.send(sessions.heartbeats(&node, ReceiverStream::new(received)).await);
+            }))
+        });
+        let answers = open.await.map_err(|_| Status::unavailable("the connection broke"))??;
+        let (told, incoming) = mpsc::channel(4);
+        tokio::spawn(self.again().down(answers.into_inner(), told, process, |_, _| {}));
         Ok(Incoming::new(ReceiverStream::new(incoming)))
     }
 

@@ -82,6 +82,7 @@ impl Plan {
             late_commits: if calm { 0 } else { *chance.pick(&[0, 5, 30]).unwrap_or(&0) },
             bad_calls: if calm { 0 } else { *chance.pick(&[0, 50, 200]).unwrap_or(&0) },
             slow_shims: if calm { 0 } else { 20 },
+            beats_apart: Chance::new(seed, "beats").permille(750),
             shuffle: true,
         };
         let chaos_ms = if calm { 15_000 } else { chance.between(40_000, 110_000) };

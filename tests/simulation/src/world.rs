@@ -51,6 +51,8 @@ pub struct Settings {
     pub bad_calls: u64,
     /// Of a thousand steps of a shim so many take long.
     pub slow_shims: u64,
+    /// Heartbeats go over streams of their own; else over those of sessions, as with older coordinators.
+    pub beats_apart: bool,
     /// Chance moves the turns of tasks.
     pub shuffle: bool,
 }

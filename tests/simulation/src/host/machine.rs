@@ -7,7 +7,7 @@ use drover_agent::{
     blocking, clock,
     host::processes::Work,
     instance::{
-        adopt::Left,
+        adopt::{Left, Unsure},
         claim::Claim,
         context::Context,
         machine::{DataPlane, Machine, Process},
@@ -68,7 +68,10 @@ impl Machine for Here {
                 let ready = self.probe(&context.settings.socket_of(&instance), None).await == Health::Ok;
                 Left::Living { run, ready }
             }
-            None => Left::Ended(files.record.map(|_| Ended { code: Some(1), ..Ended::default() })),
+            None if self.0.calls_off(&instance) => {
+                Left::Ended(files.record.map(|_| Ended { code: Some(1), ..Ended::default() }))
+            }
+            None => Left::Unknown(Unsure::because("a shim that an earlier agent has started is at work")),
         };
         (claim, directory, left)
     }
@@ -96,10 +99,14 @@ impl Machine for Here {
         let (word, said) = oneshot::channel();
         let shim = self.0.clone().shim(instance.clone(), claim.memory_bytes);
         // A process of its own: it goes on when the agent is gone.
-        tokio::spawn(async move {
+        let shim = tokio::spawn(async move {
             let _ = word.send(shim.await);
         });
         let said = timeout(Duration::from_secs(15), said).await;
+        if said.is_err() {
+            shim.abort();
+            self.0.shim_is_dead(&instance);
+        }
         match (self.0.living(&instance), said) {
             (Some(run), _) => Ok(run),
             (None, Ok(Ok(Err(why)))) => Err(failed(format!("the start was refused: {why}"), !why.starts_with("11"))),

@@ -68,9 +68,9 @@ pub struct Checker {
     order: VecDeque<(String, Token)>,
     /// States after revisions of the past.
     past: VecDeque<Snapshot>,
-    /// Hellos that were delivered and not answered, by node: the session that each named, the store's revision then, and the
-    /// id of the session that stood.
-    hellos: BTreeMap<String, told::Hello>,
+    /// Hellos that were delivered and not answered, by node and stream: the session that each named, the store's revision then,
+    /// and the id of the session that stood.
+    hellos: BTreeMap<(String, u64), told::Hello>,
     /// Session revisions that nodes were welcomed with.
     welcomed: BTreeSet<(String, i64)>,
     /// Renewals of a node's session less what asked for one.

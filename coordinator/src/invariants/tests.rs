@@ -383,14 +383,20 @@ async fn what_is_told_is_held_against_the_history() {
     );
     assert_eq!(told(&mut world, "b", &Said::Claims(&order(None, now))), [Rule::DrainOrder], "it is wanted");
 
-    let hello = |resumes| Said::Hello { resumes, chosen: "" };
-    let welcome = |session_id, session_revision, resumed| Said::Welcome { session_id, session_revision, resumed };
+    let hello = |resumes| Said::Hello { stream: 1, resumes, chosen: "" };
+    let welcome =
+        |session_id, session_revision, resumed| Said::Welcome { stream: 1, session_id, session_revision, resumed };
     told(&mut world, "a", &hello("s-a"));
     assert_eq!(told(&mut world, "a", &welcome("s-a", now + 1, true)), []);
     told(&mut world, "a", &hello("s-a"));
     assert_eq!(told(&mut world, "a", &welcome("s-a", now, true)), [Rule::ResumedWithoutBump]);
     told(&mut world, "a", &hello(""));
     assert_eq!(told(&mut world, "a", &welcome("s-a", now + 2, true)), [Rule::SessionHandedOver]);
+    // Of two streams, as after a break, each welcome answers its own hello.
+    told(&mut world, "a", &Said::Hello { stream: 2, resumes: "s-a", chosen: "" });
+    told(&mut world, "a", &Said::Hello { stream: 3, resumes: "", chosen: "other" });
+    let second = Said::Welcome { stream: 2, session_id: "s-a", session_revision: now + 3, resumed: true };
+    assert_eq!(told(&mut world, "a", &second), []);
 
     world.checker.asked_for_renewal("a");
     world.checker.renewed(NOW, "a");

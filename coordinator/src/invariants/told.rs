@@ -8,6 +8,8 @@ use drover_proto::v1::{ClaimSet, InstanceState, Token};
 pub enum Said<'a> {
     /// A hello has reached a coordinator.
     Hello {
+        /// Number of the stream.
+        stream: u64,
         /// Id of the session that the agent means to resume; empty for none.
         resumes: &'a str,
         /// Id that it has chosen for a new one, and may have opened already; empty for none.
@@ -15,6 +17,8 @@ pub enum Said<'a> {
     },
     /// A welcome has left a coordinator.
     Welcome {
+        /// Number of the stream: the welcome answers the hello that came by it.
+        stream: u64,
         /// The session.
         session_id: &'a str,
         /// Its revision.
@@ -49,7 +53,7 @@ impl Checker {
     pub fn told(&mut self, at_ms: i64, node: &str, said: &Said<'_>) {
         let mut broken = Vec::new();
         match said {
-            Said::Hello { resumes, chosen } => {
+            Said::Hello { stream, resumes, chosen } => {
                 let stood = self.state.sessions.get(node).map(|s| s.value.session_id.clone());
                 let hello = Hello {
                     resumes: (*resumes).to_owned(),
@@ -57,10 +61,10 @@ impl Checker {
                     revision: self.state.revision,
                     stood,
                 };
-                self.hellos.insert(node.to_owned(), hello);
+                self.hellos.insert((node.to_owned(), *stream), hello);
             }
-            Said::Welcome { session_id, session_revision, resumed } => {
-                let hello = self.hellos.remove(node);
+            Said::Welcome { stream, session_id, session_revision, resumed } => {
+                let hello = self.hellos.remove(&(node.to_owned(), *stream));
                 if let Some(hello) = hello {
                     let named = [&hello.resumes, &hello.chosen].into_iter().any(|id| id == session_id);
                     if !named && (*resumed || hello.stood.as_deref() == Some(*session_id)) {

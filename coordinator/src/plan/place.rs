@@ -47,7 +47,9 @@ impl<'a> Rooms<'a> {
             let (Some(best), Some(spec)) = (best, snapshot.spec_of(&instance.value)) else { continue };
             let node = snapshot.nodes.get(best);
             let file_bytes = node.and_then(|node| model_size(&node.value, &spec.model_path)).unwrap_or(0);
-            rooms.take(best, need_bytes(spec, file_bytes), Some(&instance.value.deployment));
+            let runs = node.is_some_and(|node| snapshot.unclaimed_of(best, &node.value, id).is_some());
+            let need = if runs { 0 } else { need_bytes(spec, file_bytes) };
+            rooms.take(best, need, Some(&instance.value.deployment));
         }
         rooms
     }
@@ -216,7 +218,9 @@ pub(super) fn offer<'a>(
     let mut fit = Vec::new();
     let (mut lacks, mut lacking) = (Vec::new(), 0_usize);
     for (name, node) in &snapshot.nodes {
-        let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0);
+        // What it runs of this very instance without a claim is what it would claim again: it needs no other room.
+        let own = snapshot.unclaimed_of(name, &node.value, id);
+        let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0).saturating_sub(own.unwrap_or(0));
         let avoided = instance.and_then(|instance| avoid::in_force(&instance.value, name, input.now_ms));
         let room = match (owner == Some(name), avoided) {
             (true, _) => Err(Lack::Owner),
@@ -241,20 +245,22 @@ pub(super) fn offer<'a>(
             (replicas, Reverse((room.free - room.need).saturating_mul(1000) / room.capacity.max(1)))
         });
         let avoided = rooms.avoided.contains(&(deployment, name.as_str()));
-        fit.push((declined.contains(name), avoided, score, mix(chance, name), name, room.need));
+        fit.push((declined.contains(name), own.is_none(), avoided, score, mix(chance, name), name, room.need));
     }
     fit.sort_unstable();
-    let Some((_, _, _, _, best, need)) = fit.first() else {
+    let Some((_, elsewhere, _, _, _, best, need)) = fit.first() else {
         if lacking > LACKS_TOLD {
             lacks.push(format!("and {} nodes more", lacking - LACKS_TOLD));
         }
         let nobody = if owner.is_some() { "there is none" } else { "no node has ever joined" };
         return Err(if lacks.is_empty() { nobody.to_owned() } else { lacks.join("; ") });
     };
-    rooms.take(best.as_str(), *need, Some(deployment));
-    let best_few = fit.iter().take(input.settings.candidates.max(1));
+    // Re-adoption before replacement: who runs it already is asked alone.
+    let (few, need) = if *elsewhere { (input.settings.candidates.max(1), *need) } else { (1, 0) };
+    rooms.take(best.as_str(), need, Some(deployment));
+    let best_few = fit.iter().take(few);
     Ok(Offer {
-        candidates: best_few.map(|(_, _, _, _, name, _)| (*name).clone()).collect(),
+        candidates: best_few.map(|(_, _, _, _, _, name, _)| (*name).clone()).collect(),
         deadline_ms: input.now_ms + input.settings.offer_deadline_ms,
         halt_generation: snapshot.halt_generation(),
     })

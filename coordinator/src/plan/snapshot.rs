@@ -206,6 +206,15 @@ impl Snapshot {
         stands.then_some(offer)
     }
 
+    /// Memory that a node says a run of an instance takes which is alive there and not owned by it, in bytes; `None` when there
+    /// is no such run.
+    #[must_use]
+    pub fn unclaimed_of(&self, name: &str, node: &record::Node, instance: &str) -> Option<i64> {
+        let owned = self.claims.get(instance).is_some_and(|claim| claim.value.node == name);
+        let run = node.unclaimed.iter().find(|run| run.instance == instance);
+        run.filter(|_| !owned).map(|run| run.memory_bytes)
+    }
+
     /// Memory that runs take which are alive on a node and not owned by it, in bytes.
     #[must_use]
     pub fn unclaimed_bytes(&self, name: &str, node: &record::Node) -> i64 {

@@ -57,6 +57,7 @@ pub struct Network {
     faults: bool,
     /// Raised to break streams: a stream of a lower number ends.
     resets: Vec<u64>,
+    streams: u64,
 }
 
 impl Network {
@@ -68,7 +69,13 @@ impl Network {
             serving: vec![None; coordinators],
             faults: true,
             resets: vec![0; agents],
+            streams: 0,
         }
+    }
+
+    fn next_stream(&mut self) -> u64 {
+        self.streams += 1;
+        self.streams
     }
 
     pub fn store_reach(&self, coordinator: usize) -> Reach {
@@ -142,6 +149,8 @@ struct Link {
     agent: usize,
     node: String,
     coordinator: usize,
+    /// Number of the connection, of which each serves one stream of a session at most.
+    stream: u64,
 }
 
 #[async_trait]
@@ -154,7 +163,8 @@ impl Coordinators for Dialer {
         let count = self.count();
         for n in 0..count {
             let coordinator = (first + n) % count;
-            let link = Link { sim: self.sim.clone(), agent: self.agent, node: self.node.clone(), coordinator };
+            let stream = lock(&self.sim.network).next_stream();
+            let link = Link { sim: self.sim.clone(), agent: self.agent, node: self.node.clone(), coordinator, stream };
             link.latency().await;
             let cut = lock(&self.sim.network).is_cut(self.agent, coordinator);
             if cut.up || cut.down {
@@ -181,7 +191,8 @@ impl Link {
     }
 
     fn again(&self) -> Self {
-        Self { sim: self.sim.clone(), agent: self.agent, node: self.node.clone(), coordinator: self.coordinator }
+        let (sim, node) = (self.sim.clone(), self.node.clone());
+        Self { sim, agent: self.agent, node, coordinator: self.coordinator, stream: self.stream }
     }
 
     /// Waits while the link is cut one way; false when that has lasted so long that a side gives up.
@@ -272,7 +283,7 @@ impl Link {
         self.sim.judge(|checker, now| match &request.message {
             Some(session_request::Message::Hello(hello)) => {
                 let (resumes, chosen) = (&hello.resume_session_id, &hello.new_session_id);
-                checker.told(now, &self.node, &Said::Hello { resumes, chosen });
+                checker.told(now, &self.node, &Said::Hello { stream: self.stream, resumes, chosen });
                 checker.asked_for_renewal(&self.node);
             }
             Some(session_request::Message::Heartbeat(_)) => checker.asked_for_renewal(&self.node),
@@ -285,6 +296,7 @@ impl Link {
         self.sim.judge(|checker, now| match &answer.message {
             Some(Message::Welcome(welcome)) => {
                 let said = Said::Welcome {
+                    stream: self.stream,
                     session_id: &welcome.session_id,
                     session_revision: welcome.session_revision,
                     resumed: welcome.resumed,

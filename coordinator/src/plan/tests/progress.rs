@@ -138,6 +138,33 @@ fn with_no_other_node_it_stays_where_it_is_and_the_reason_is_told() {
 }
 
 #[test]
+fn who_runs_it_already_is_asked_alone_and_needs_no_room_for_it() {
+    // b has run it until it lost its session, and a got nowhere with it. b has room for nothing else; c has more than both.
+    let runs_on_b = |fleet: Fleet| {
+        let mut fleet = fleet;
+        let mut b = fleet.snapshot.nodes["b"].as_ref().clone();
+        b.value.unclaimed = vec![record::UnclaimedRun { instance: ID.to_owned(), memory_bytes: GIB }];
+        fleet.snapshot.nodes.insert("b".to_owned(), Arc::new(b));
+        fleet
+    };
+    let fleet = || {
+        let fleet = Fleet::new().node("a", 8 * GIB).node("b", GIB).node("c", 64 * GIB).deployment("m", 1, 1);
+        runs_on_b(fleet.instance(ID, 1, true).owned(ID, "a", Claimed)).idle(DEADLINE)
+    };
+    let asked = |plan: &Plan| match &plan.actions[..] {
+        [Action::GiveUp { offer: Some(offer), .. }] => offer.candidates.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(asked(&fleet().plan()), ["b"], "re-adoption comes before replacement");
+    assert_eq!(asked(&fleet().avoided("b", 0).plan()), ["c"], "not when it has got nowhere with it either");
+    let mut another = fleet();
+    let mut b = another.snapshot.nodes["b"].as_ref().clone();
+    b.value.unclaimed[0].instance = "m-dddddd".to_owned();
+    another.snapshot.nodes.insert("b".to_owned(), Arc::new(b));
+    assert_eq!(asked(&another.plan()), ["c"], "what runs there of another one takes room");
+}
+
+#[test]
 fn nothing_that_serves_makes_way_for_what_fails_where_it_is() {
     // A roll: the new one fails on b, the old one serves on a. There is no other place for the new one.
     let fleet = Fleet::new().node("a", GIB).node("b", GIB).deployment("m", 1, 2);

@@ -211,8 +211,9 @@ impl Process for Living {
         }
     }
 
+    /// It loads in much less than a load may take, so that one which still loads then does nothing.
     fn work(&self) -> Option<Work> {
-        None
+        Some(Work { cpu_ticks: 0, read: (0, 0) })
     }
 
     fn terminate(&self) -> io::Result<()> {

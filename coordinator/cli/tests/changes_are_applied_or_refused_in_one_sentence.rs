@@ -166,7 +166,7 @@ async fn an_absence_is_ended_and_what_follows_is_told() {
     );
     let (code, out, _) = parts(&run(&address, &["end-absence", "away", "--output", "json"]).await);
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
-    assert_eq!((code, json["ends_within_ms"].as_str()), (0, Some("10000")), "{out}");
+    assert_eq!((code, json["ends_within_ms"].as_i64()), (0, Some(10_000)), "{out}");
     let (code, out, err) = parts(&run(&address, &["end-absence", "here"]).await);
     assert_eq!((code, out.as_str()), (1, ""), "{err}");
     assert!(err.contains("the agent of here is not absent on purpose"), "{err}");

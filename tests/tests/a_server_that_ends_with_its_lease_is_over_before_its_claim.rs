@@ -43,8 +43,6 @@ async fn a_server_that_ends_with_its_lease_is_over_before_its_claim() -> anyhow:
                 && same.is_some_and(|same| same.pid == kept.pid && Some(same.token) > kept.token)
         })
         .await?;
-    let events = fleet.cluster.events(&format!("instance/{}", ends.id)).await?;
-    ensure!(events.iter().any(|event| event.reason == "LeaseLost"), "{events:#?}");
     fleet.verdict()?;
     fleet.end(&["ends", "kept"]).await
 }

@@ -54,7 +54,8 @@ async fn a_stop_waits_for_what_comes_of_it() {
     let shim = as_a_shim(&directory).await;
     // It is claimed and wanted: nothing is started beside the shim, and nothing is said to have ended.
     node.start_agent().await;
-    let unsure = node.reported("tiny-234567", InstanceState::Suspect).await;
+    let unsure = node.reported("tiny-234567", InstanceState::Starting).await;
+    assert!(unsure.progressed_at.is_some(), "it is given up in the end: {unsure:?}");
     assert!(unsure.message.contains("a shim that an earlier agent has started is at work"), "{unsure:?}");
     node.coordinator.stop("tiny-234567");
     node.reported("tiny-234567", InstanceState::Draining).await;

@@ -4,7 +4,10 @@
 
 use anyhow::{Context as _, ensure};
 use drover_coordinator::store::{Store, etcd, restore};
-use drover_proto::{status, v1::ApplyDeploymentRequest};
+use drover_proto::{
+    status,
+    v1::{ApplyDeploymentRequest, DeleteDeploymentRequest},
+};
 use drover_tests::{
     cluster::{Cluster, Plan, SOON},
     etcd::Etcd,
@@ -118,6 +121,10 @@ async fn refused(fleet: &Watched, before: &BTreeMap<String, Standing>, why: &str
         let apply = ApplyDeploymentRequest { spec: Some(fleet.cluster.spec("more", 1)), generation: 0 };
         let refused =
             fleet.cluster.client(0).await?.apply_deployment(apply).await.err().context("a change was taken")?;
+        ensure!(status::reason_of(&refused).as_deref() == Some(status::reason::STORE_CHANGED), "{refused:?}");
+        // Nor is anything said to be as asked, or not there, by what that store holds.
+        let delete = DeleteDeploymentRequest { name: "later".to_owned(), ..DeleteDeploymentRequest::default() };
+        let refused = fleet.cluster.client(0).await?.delete_deployment(delete).await.err().context("it was deleted")?;
         ensure!(status::reason_of(&refused).as_deref() == Some(status::reason::STORE_CHANGED), "{refused:?}");
         for model in ["tiny", "later"] {
             ask(&gateway, model).await.with_context(|| format!("{model} is served all the same"))?;

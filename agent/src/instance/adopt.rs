@@ -69,13 +69,15 @@ pub struct Unsure {
     pub pid: i32,
     /// Whether a server answers at the instance's socket, for the model that was recorded: then it goes on serving.
     pub answers: bool,
+    /// Whether a shim that an earlier agent has started is at work: something is about to run, or never will.
+    pub starting: bool,
 }
 
 impl Unsure {
     /// Of one that nothing but this is known of.
     #[must_use]
     pub fn because(why: impl Into<String>) -> Self {
-        Self { why: why.into(), pid: 0, answers: false }
+        Self { why: why.into(), pid: 0, answers: false, starting: false }
     }
 }
 
@@ -178,7 +180,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
             }
             Found::Unknown(why) => {
                 let answers = serves(&instance, &record.socket, &record.arguments).await;
-                Left::Unknown(Unsure { why, pid: record.process.pid, answers })
+                Left::Unknown(Unsure { pid: record.process.pid, answers, ..Unsure::because(why) })
             }
             Found::Other(what) => {
                 tracing::info!(instance, "the recorded process has ended and its pid is another's: {what}");
@@ -190,7 +192,7 @@ pub async fn look(context: Arc<Context>, instance: String) -> (Claim, Directory,
     let left = match left {
         Left::Ended(ended) => match no_start_under_way(&directory, known.as_ref()).await {
             Ok(()) => Left::Ended(ended),
-            Err(why) => Left::Unknown(Unsure::because(why)),
+            Err(why) => Left::Unknown(Unsure { starting: true, ..Unsure::because(why) }),
         },
         other => other,
     };

@@ -83,6 +83,13 @@ impl Fleet {
         Ok(snapshot)
     }
 
+    /// For calls that change something. A store that is not the one it was also has no word on what need not be changed.
+    fn changeable(&self) -> Result<(), Status> {
+        self.snapshot()?;
+        let refused = self.view.refused().borrow().clone();
+        refused.map_or(Ok(()), |why| Err(with_reason(Code::Unavailable, reason::STORE_CHANGED, why)))
+    }
+
     fn show(&self, snapshot: &Snapshot, stored: &drover_proto::store::v1::Deployment) -> v1::Deployment {
         convert::deployment(snapshot, stored)
     }
@@ -105,6 +112,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::ApplyDeploymentRequest>,
     ) -> Result<Response<v1::ApplyDeploymentResponse>, Status> {
+        self.changeable()?;
         let span = call_span!(request, "fleet.apply_deployment");
         let (stored, changed) = self.deployments.apply(request.into_inner()).instrument(span).await?;
         let deployment = Some(self.show(&self.view.snapshot(), &stored));
@@ -134,6 +142,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::ScaleDeploymentRequest>,
     ) -> Result<Response<v1::ScaleDeploymentResponse>, Status> {
+        self.changeable()?;
         let span = call_span!(request, "fleet.scale_deployment");
         let stored = self.deployments.scale(request.into_inner()).instrument(span).await?;
         let deployment = Some(self.show(&self.view.snapshot(), &stored));
@@ -144,6 +153,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::DeleteDeploymentRequest>,
     ) -> Result<Response<v1::DeleteDeploymentResponse>, Status> {
+        self.changeable()?;
         let span = call_span!(request, "fleet.delete_deployment");
         let stored = self.deployments.delete(request.into_inner()).instrument(span).await?;
         let deployment = Some(self.show(&self.view.snapshot(), &stored));
@@ -218,7 +228,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::StopProcessRequest>,
     ) -> Result<Response<v1::StopProcessResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.stop_process"), processes::caller(&request));
         Ok(Response::new(self.processes.stop(&who, request.into_inner()).instrument(span).await?))
     }
@@ -235,7 +245,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::CleanupProcessesRequest>,
     ) -> Result<Response<v1::CleanupProcessesResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.cleanup_processes"), processes::caller(&request));
         Ok(Response::new(self.processes.clean_up(&who, request.into_inner()).instrument(span).await?))
     }
@@ -249,7 +259,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::OverrideFreezeRequest>,
     ) -> Result<Response<v1::OverrideFreezeResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.override_freeze"), processes::caller(&request));
         let freeze = self.nodes.override_freeze(&who, request.into_inner()).instrument(span).await?;
         Ok(Response::new(v1::OverrideFreezeResponse { freeze: Some(freeze) }))
@@ -259,7 +269,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::ReleaseClaimRequest>,
     ) -> Result<Response<v1::ReleaseClaimResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.release_claim"), processes::caller(&request));
         Ok(Response::new(self.release.release(&who, request.into_inner()).instrument(span).await?))
     }
@@ -268,7 +278,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::EndAbsenceRequest>,
     ) -> Result<Response<v1::EndAbsenceResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.end_absence"), processes::caller(&request));
         Ok(Response::new(self.nodes.end_absence(&who, request.into_inner()).instrument(span).await?))
     }
@@ -277,7 +287,7 @@ impl FleetService for Fleet {
         &self,
         request: Request<v1::RemoveNodeRequest>,
     ) -> Result<Response<v1::RemoveNodeResponse>, Status> {
-        self.snapshot()?;
+        self.changeable()?;
         let (span, who) = (call_span!(request, "fleet.remove_node"), processes::caller(&request));
         self.nodes.remove(&who, request.into_inner()).instrument(span).await?;
         Ok(Response::new(v1::RemoveNodeResponse {}))

@@ -59,7 +59,14 @@ impl Nodes {
             let freeze = record::Freeze { override_until: until, by: by.to_owned(), reason: request.reason.clone() };
             records::put(keys::FREEZE, &freeze, 0)
         };
-        let outcome = self.store.txn(Txn { then: vec![op], ..Txn::default() }).await.map_err(store_status)?;
+        let schema = self.view.snapshot().schema.as_ref().map_or(0, |schema| schema.mod_revision);
+        // Not in a store that has just come back empty.
+        let compare = vec![Compare::ModRevision(keys::SCHEMA.to_owned(), schema)];
+        let outcome = self.store.txn(Txn { compare, then: vec![op], otherwise: vec![] }).await.map_err(store_status)?;
+        if !outcome.succeeded {
+            let what = "the store is not the one that this coordinator sees: try again";
+            return Err(with_reason(Code::Unavailable, reason::STORE_CHANGED, what));
+        }
         let message = if for_ms == 0 {
             format!("by {by}: replacement may freeze again{}", because(&request.reason))
         } else {

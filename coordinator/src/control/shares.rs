@@ -270,7 +270,10 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn step_by_step_they_are_those_of_the_whole_snapshot_and_no_change_is_missed(steps in steps()) {
-            let (mut before, mut shares) = (Snapshot::default(), Shares::default());
+            // Many more than are touched, so that most of the maps is shared from one step to the next.
+            let mut before = (6..250).fold(Snapshot::default(), |before, i| step(&before, &Step::Offer(i, vec![i % 4])));
+            before = (100..250).fold(before, |before, i| step(&before, &Step::Claim(i, i % 4, 1)));
+            let mut shares = Shares::of(&before);
             for one in steps {
                 let now = step(&before, &one);
                 let next = shares.after(&before, &now);

@@ -218,8 +218,9 @@ pub(super) fn offer<'a>(
     let mut fit = Vec::new();
     let (mut lacks, mut lacking) = (Vec::new(), 0_usize);
     for (name, node) in &snapshot.nodes {
-        // What it runs of this very instance without a claim is what it would claim again: it needs no other room.
-        let own = snapshot.unclaimed_of(name, &node.value, id);
+        // What is taken from its owner goes first to who runs it already, and would claim it again if it could: that needs no other
+        // room. What nobody owns its nodes had their time to claim again before it is offered at all.
+        let own = owner.and_then(|_| snapshot.unclaimed_of(name, &node.value, id));
         let taken = rooms.bytes.get(name.as_str()).copied().unwrap_or(0).saturating_sub(own.unwrap_or(0));
         let avoided = instance.and_then(|instance| avoid::in_force(&instance.value, name, input.now_ms));
         let room = match (owner == Some(name), avoided) {

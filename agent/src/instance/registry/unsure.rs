@@ -24,7 +24,7 @@ pub(super) fn tell(context: &Context, instance: &str, unsure: &Unsure) {
 }
 
 fn message(wanted: bool, unsure: &Unsure) -> String {
-    let Unsure { why, pid, answers } = unsure;
+    let Unsure { why, pid, answers, .. } = unsure;
     let state = if *answers { "its socket answers for its model" } else { "its socket does not answer for its model" };
     let then = match (wanted, answers) {
         (true, true) => "it goes on serving".to_owned(),
@@ -87,6 +87,8 @@ impl Registry {
         }
         let state = match (wanted, unsure.answers) {
             (true, true) => InstanceState::Ready,
+            // It has its time as any other start: one that gets nowhere is given up.
+            (true, false) if unsure.starting => InstanceState::Starting,
             (true, false) => InstanceState::Suspect,
             (false, _) => InstanceState::Draining,
         };

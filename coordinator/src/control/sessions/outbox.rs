@@ -108,7 +108,9 @@ impl Outbox {
         now_ms: i64,
     ) -> (Vec<SessionResponse>, Option<i64>) {
         let news = self.strays || self.looked.is_none_or(|version| shares.changed(node) > version);
-        if !news && self.again_ms.is_none_or(|at| at > now_ms) {
+        // Nothing waits longer than a head start: a time further off was meant before the clock was put back.
+        let waits = |at: i64| at > now_ms && at - now_ms <= HEAD_START_MS;
+        if !news && self.again_ms.is_none_or(waits) {
             return (Vec::new(), self.again_ms);
         }
         (self.looked, self.again_ms) = (Some(shares.version()), None);

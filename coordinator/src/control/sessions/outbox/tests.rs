@@ -106,6 +106,15 @@ fn more_claims_are_told_together_and_what_is_to_end_at_once() {
 }
 
 #[test]
+fn a_wall_clock_that_was_put_back_makes_nobody_wait() {
+    let mut other = Stream::of("b", vec![]);
+    let snapshot = offered(7);
+    assert_eq!(other.sees(&snapshot, NOW).1, Some(NOW + HEAD_START_MS));
+    let (messages, _) = other.outbox.due(&snapshot, &other.shares, "b", NOW - 3_600_000);
+    assert_eq!(offers_in(&messages), 1);
+}
+
+#[test]
 fn who_runs_what_it_does_not_own_hears_when_another_is_ready_in_its_place() {
     let run = RecordedRun {
         instance: "m-222222".to_owned(),
